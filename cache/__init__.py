@@ -1,0 +1,1 @@
+"""Block accounting and the prefix cache: which block is whose. No torch."""

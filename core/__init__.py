@@ -1,0 +1,1 @@
+"""What every room shares: ids, configuration, messages, errors, the engine protocol. No torch."""

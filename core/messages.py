@@ -1,0 +1,228 @@
+"""What the router and a worker say to each other (design: the life of a request).
+
+Sockets: the router binds one ROUTER socket, each worker connects a DEALER to it. Order
+is kept between two ends, but any message may be lost with its connection: beats list
+what is live, and what a beat does not list is over.
+
+    worker -> router   Hello, WorkerBeat, Started, TokenBatch, AttemptFailed, Bye
+    router -> worker   Welcome, Refused, Place, Abort, RouterBeat, Drain
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, TypeAlias
+
+from pydantic import ConfigDict, Field
+
+from .codec import Codec
+from .ids import Attempt, Role, Task, WorkerRef
+from .params import SamplingParams, TokenId
+
+PROTOCOL_VERSION = 1
+MAX_TOKENS = 1 << 21  # the longest sequence any message may speak of
+MAX_LIVE = 1 << 16
+
+_STRICT = ConfigDict(extra="forbid")
+
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+Endpoint = Annotated[str, Field(max_length=256)]
+Sentence = Annotated[str, Field(max_length=4096)]
+Epoch = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[tuple[TokenId, ...], Field(max_length=MAX_TOKENS)]
+RequestId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """``Attempt`` as it travels."""
+
+    __pydantic_config__ = _STRICT
+    request_id: RequestId
+    number: Count
+
+    @property
+    def attempt(self) -> Attempt:
+        return Attempt(self.request_id, self.number)
+
+    @staticmethod
+    def of(attempt: Attempt) -> Key:
+        return Key(attempt.request_id, attempt.number)
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end token or a stop token
+    LENGTH = "length"  # max_tokens, or the end of the context
+
+
+class FailureKind(StrEnum):
+    """Why a worker gave up an attempt; what the router does next depends on it."""
+
+    PEER_LOST = "peer_lost"  # the other worker vanished: replay
+    TRANSFER = "transfer"  # the link between the two failed: replay elsewhere
+    DROPPED = "dropped"  # this worker dropped it (drain, lease expired): replay
+    TOO_LARGE = "too_large"  # it can never fit this worker: a client's error
+    INTERNAL = "internal"  # a bug or a broken device
+
+
+@dataclass(frozen=True, slots=True)
+class TokenItem:
+    """One token of one request; ``index`` is absolute in the output, from 0."""
+
+    __pydantic_config__ = _STRICT
+    key: Key
+    index: Count
+    token_id: TokenId
+    finish: FinishReason | None = None
+    logprob: float | None = None
+    top: Annotated[tuple[tuple[TokenId, float], ...], Field(max_length=64)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """``free + cached + held == total``, always."""
+
+    __pydantic_config__ = _STRICT
+    total: Count
+    free: Count
+    cached: Count
+    held: Count
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    """Where a worker takes KV transfers. ``token`` is drawn per process: a peer shows it."""
+
+    __pydantic_config__ = _STRICT
+    worker_id: Name
+    epoch: Epoch
+    endpoint: Endpoint
+    token: Annotated[str, Field(max_length=64)]
+    public_key: Annotated[str, Field(max_length=40)] = ""  # CURVE, Z85; empty on loopback
+
+    @property
+    def ref(self) -> WorkerRef:
+        return WorkerRef(self.worker_id, self.epoch)
+
+
+# worker -> router
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First words of a worker: who it is and what it can take."""
+
+    __pydantic_config__ = _STRICT
+    version: Count
+    role: Role
+    pid: Count
+    address: PeerAddress
+    fingerprint: Annotated[str, Field(max_length=128)]  # of model, dtype and block shape
+    blocks: BlockCounts
+    block_size: Annotated[int, Field(ge=1, le=1024)]
+    max_context: Count
+    max_batch: Count
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBeat:
+    __pydantic_config__ = _STRICT
+    blocks: BlockCounts
+    waiting: Count
+    running: Count
+    live: Annotated[tuple[Key, ...], Field(max_length=MAX_LIVE)]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A prefill has left the queue; ``num_cached_tokens`` came from the prefix cache."""
+
+    __pydantic_config__ = _STRICT
+    key: Key
+    num_cached_tokens: Count
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """A step's tokens for all requests of a worker."""
+
+    __pydantic_config__ = _STRICT
+    items: Annotated[tuple[TokenItem, ...], Field(max_length=MAX_LIVE)]
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    __pydantic_config__ = _STRICT
+    key: Key
+    kind: FailureKind
+    text: Sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The worker leaves of its own will; what it still held is dropped."""
+
+    __pydantic_config__ = _STRICT
+
+
+# router -> worker
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    __pydantic_config__ = _STRICT
+    router_epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The router will not have this worker (another model, declared dead); it says why."""
+
+    __pydantic_config__ = _STRICT
+    text: Sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Run ``task`` for this attempt: the prompt, the output of earlier attempts, the sampling.
+
+    ``peer`` is the receiving worker for PREFILL, the sending one for DECODE, absent for WHOLE.
+    """
+
+    __pydantic_config__ = _STRICT
+    key: Key
+    task: Task
+    prompt: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_TOKENS)]
+    output: Tokens
+    params: SamplingParams
+    peer: PeerAddress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    __pydantic_config__ = _STRICT
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class RouterBeat:
+    """Every attempt that the router believes this worker has. The worker ends the others."""
+
+    __pydantic_config__ = _STRICT
+    live: Annotated[tuple[Key, ...], Field(max_length=MAX_LIVE)]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Finish what you have, say Bye, exit."""
+
+    __pydantic_config__ = _STRICT
+
+
+ToRouter: TypeAlias = Hello | WorkerBeat | Started | TokenBatch | AttemptFailed | Bye
+ToWorker: TypeAlias = Welcome | Refused | Place | Abort | RouterBeat | Drain
+
+TO_ROUTER: Codec[ToRouter] = Codec(Hello, WorkerBeat, Started, TokenBatch, AttemptFailed, Bye)
+TO_WORKER: Codec[ToWorker] = Codec(Welcome, Refused, Place, Abort, RouterBeat, Drain)

@@ -1,0 +1,1 @@
+"""The decode phase: reserve, receive, the running batch. No torch."""

@@ -1,0 +1,1 @@
+"""A deployment file brought up, supervised, and taken down. No torch."""

@@ -1,0 +1,1 @@
+"""Tensors only: weights, model, KV pool, sampler, step."""

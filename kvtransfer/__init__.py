@@ -1,0 +1,1 @@
+"""KV blocks from one worker's pool into another's."""

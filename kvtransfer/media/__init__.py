@@ -1,0 +1,1 @@
+"""Ways for bytes to cross: in one process, over TCP."""

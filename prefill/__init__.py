@@ -1,0 +1,1 @@
+"""The prefill phase: queue, chunks, holding for transfer. No torch."""

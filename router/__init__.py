@@ -1,0 +1,1 @@
+"""The front: REST, tokenizer, placement, membership, failover. No torch."""

@@ -1,0 +1,1 @@
+"""An engine without tensors that keeps honest KV. No torch."""

@@ -1,0 +1,1 @@
+"""A worker process: an engine, both phases, sockets."""
