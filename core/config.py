@@ -6,16 +6,15 @@ what is allowed; an unknown key suggests the nearest known one.
 
 from __future__ import annotations
 
-import difflib
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .config_faults import first_fault, shown, yaml_fault
 from .errors import ConfigError
 
 
@@ -38,7 +37,7 @@ class Load(StrEnum):
 
 
 class Policy(StrEnum):
-    ADAPTIVE = "adaptive"  # the router's choice; until its forecasts exist: split where there are two pools
+    ADAPTIVE = "adaptive"  # the router's choice; split where there are two pools
     DISAGGREGATED = "disaggregated"
     COLOCATED = "colocated"
 
@@ -62,25 +61,74 @@ class Switch(StrEnum):
 
 _SIZE_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
+
+def parse_size(text: str) -> int:
+    """``"512MiB"`` in bytes; ValueError for anything else."""
+    for unit, factor in _SIZE_UNITS.items():
+        if text.endswith(unit):
+            number = float(text.removesuffix(unit))
+            if 0 < number < 1 << 20:
+                return int(number * factor)
+    raise ValueError(f"not a size: {text}")
+
+
+def _size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+# A description is what an error message says is allowed.
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(ge=1)]
-Milliseconds = Annotated[float, Field(gt=0)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[int, Field(ge=1, strict=True, description="an integer, at least 1")]
+PositiveOrAuto = Annotated[
+    Annotated[int, Field(ge=1, strict=True)] | Auto,
+    Field(description="an integer, at least 1, or auto"),
+]
+Milliseconds = Annotated[
+    float,
+    Field(gt=0, strict=True, allow_inf_nan=False, description="milliseconds, more than 0"),
+]
+Seconds = Annotated[
+    float, Field(gt=0, strict=True, allow_inf_nan=False, description="seconds, more than 0")
+]
+Port = Annotated[
+    int,
+    Field(ge=0, le=65535, strict=True, description="a port from 0 to 65535 (0: any free one)"),
+]
+Workers = Annotated[int, Field(ge=0, le=1024, strict=True, description="an integer from 0 to 1024")]
+BlockSize = Annotated[int, Field(ge=1, le=256, strict=True, description="an integer from 1 to 256")]
+Flag = Annotated[bool, Field(strict=True, description="true or false")]
+Text = Annotated[str, Field(min_length=1, description="a text")]
+Device = Annotated[
+    str,
+    Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, or one GPU: cuda:0"),
+]
+Memory = Annotated[
+    Annotated[float, Field(gt=0, le=1, strict=True)] | Auto | Annotated[str, AfterValidator(_size)],
+    Field(description="a fraction such as 0.85, a size such as 512MiB or 2GiB, or auto"),
+]
+ControlEndpoint = Annotated[
+    str,
+    Field(
+        pattern=r"^tcp://(\[[0-9A-Fa-f:]+\]|[^\s:/]+):\d{1,5}$",
+        description="an address such as tcp://192.168.1.10:8100",
+    ),
+]
 
 
 class ModelSection(_Section):
-    path: Annotated[str, Field(min_length=1)]  # a folder, a .gguf file, or a known name
-    name: str | None = None  # what /v1/models calls it; default: the last part of the path
+    path: Text  # a folder, a .gguf file, or a known name
+    name: Text | None = None  # what /v1/models calls it; default: the last part of the path
     dtype: Dtype = Dtype.AUTO
     load: Load = Load.AUTO
-    max_context: Positive | Auto = "auto"  # auto: the model's own
+    max_context: PositiveOrAuto = "auto"  # auto: the model's own
 
 
 class PoolSection(_Section):
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    chunk_tokens: Positive | Auto = "auto"  # new prompt tokens a step
-    max_batch: Positive | Auto = "auto"  # sequences decoding at once
+    workers: Workers = 0
+    device: Device = "auto"
+    chunk_tokens: PositiveOrAuto = "auto"  # new prompt tokens a step
+    max_batch: PositiveOrAuto = "auto"  # sequences decoding at once
 
 
 class PoolsSection(_Section):
@@ -88,24 +136,21 @@ class PoolsSection(_Section):
     decode: PoolSection = PoolSection()
     mixed: PoolSection = PoolSection()
 
+    @property
+    def num_workers(self) -> int:
+        return self.prefill.workers + self.decode.workers + self.mixed.workers
+
 
 class KvSection(_Section):
-    block_size: Annotated[int, Field(ge=1, le=256)] = 16
-    # a fraction of the device's free memory (0.85), or a size ("2GiB"), for each device
-    memory: Annotated[float, Field(gt=0, le=1)] | str = "auto"
-    prefix_cache: bool = True
-
-    @model_validator(mode="after")
-    def _memory_is_a_size(self) -> KvSection:
-        if isinstance(self.memory, str) and self.memory != "auto":
-            parse_size(self.memory)
-        return self
+    block_size: BlockSize = 16
+    memory: Memory = "auto"  # a fraction of the device's free memory, or a size, for each device
+    prefix_cache: Flag = True
 
 
 class TransferSection(_Section):
     medium: Medium = Medium.AUTO
     checksums: Switch = Switch.AUTO  # auto: on over tcp
-    lease_s: Annotated[float, Field(gt=0)] = 10.0  # unheard of for so long, a transfer is over
+    lease_s: Seconds = 10.0  # unheard of for so long, a transfer is over
 
 
 class SloSection(_Section):
@@ -114,18 +159,18 @@ class SloSection(_Section):
 
 
 class RouterSection(_Section):
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     port: Port = 8000
-    control: str | None = None  # "tcp://HOST:PORT" lets workers of other hosts join
+    control: ControlEndpoint | None = None  # where workers of other hosts join
     policy: Policy = Policy.ADAPTIVE
     admission: Admission = Admission.QUEUE
     max_queue: Positive = 1024  # requests in the house; the next one gets 429
-    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    request_timeout_s: Seconds = 600.0
 
 
 class SecuritySection(_Section):
-    keys: str | None = None  # the folder that `pdserve keys new` made
-    insecure: bool = False  # bind off loopback without keys
+    keys: Text | None = None  # the folder that `pdserve keys new` made
+    insecure: Flag = False  # bind off loopback without keys
 
 
 class EngineKind(StrEnum):
@@ -135,10 +180,13 @@ class EngineKind(StrEnum):
 
 
 class Deployment(_Section):
-    """The file as a whole."""
+    """The file as a whole. Without ``pools`` it is one prefill and one decode worker; where
+    ``pools`` is given, it lists all there are."""
 
     model: ModelSection
-    pools: PoolsSection = PoolsSection(prefill=PoolSection(workers=1), decode=PoolSection(workers=1))
+    pools: PoolsSection = PoolsSection(
+        prefill=PoolSection(workers=1), decode=PoolSection(workers=1)
+    )
     kv: KvSection = KvSection()
     kv_transfer: TransferSection = TransferSection()
     slo: SloSection = SloSection()
@@ -148,31 +196,25 @@ class Deployment(_Section):
     launcher: Literal["local"] = "local"
 
     @model_validator(mode="after")
-    def _pools_fit_the_policy(self) -> Deployment:
-        pools, policy = self.pools, self.router.policy
-        if policy is Policy.DISAGGREGATED and not (
-            (pools.prefill.workers or pools.mixed.workers)
-            and (pools.decode.workers or pools.mixed.workers)
-            and pools.prefill.workers + pools.decode.workers + pools.mixed.workers >= 2
+    def _has_workers(self) -> Deployment:
+        pools = self.pools
+        if self.router.control is not None:
+            return self  # workers of other hosts count too
+        if pools.num_workers == 0:
+            raise ValueError(
+                "pools: no workers; give pools.prefill.workers and pools.decode.workers "
+                "(or pools.mixed.workers) at least 1, or router.control for workers to join"
+            )
+        if self.router.policy is Policy.DISAGGREGATED and not (
+            pools.prefill.workers + pools.mixed.workers
+            and pools.decode.workers + pools.mixed.workers
+            and pools.num_workers >= 2
         ):
             raise ValueError(
-                "policy disaggregated needs a worker to prefill and another to decode "
-                "(pools.prefill.workers and pools.decode.workers at least 1)"
+                "router.policy: disaggregated needs a worker to prefill and another to decode; "
+                "give pools.prefill.workers and pools.decode.workers at least 1"
             )
         return self
-
-
-def parse_size(text: str) -> int:
-    """``"512MiB"`` in bytes; ValueError with the allowed forms."""
-    for unit, factor in _SIZE_UNITS.items():
-        if text.endswith(unit):
-            try:
-                number = float(text[: -len(unit)])
-            except ValueError:
-                break
-            if number > 0:
-                return int(number * factor)
-    raise ValueError("a fraction such as 0.85, a size such as 512MiB or 2GiB, or auto")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Deployment:
@@ -184,89 +226,59 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from error
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
+        data = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise ConfigError(f"{path}: {yaml_fault(error)}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: found {_shown(data)}, a deployment is a mapping of sections")
+        raise ConfigError(f"{path}: found {shown(data)}; allowed: a mapping of sections")
     for override in overrides:
         _apply(data, override)
     try:
         return Deployment.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first_fault(error, data)}") from None
+        raise ConfigError(f"{path}: {first_fault(Deployment, error, data)}") from None
 
 
-def _yaml_fault(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
+def save(deployment: Deployment, path: Path) -> None:
+    """Writes every value, defaults resolved, as JSON: a form of YAML that ``load`` reads."""
+    path.write_text(deployment.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, where YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused by the superclass
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    """Sets one ``a.b=value`` in the parsed file."""
+    """Sets one ``a.b=value`` in the parsed file, and nothing beside it."""
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):
-        raise ConfigError(f"--set {override}: found no key=value, write for example --set router.port=8080")
+        raise ConfigError(
+            f"--set {override}: found no key=value; allowed: for example --set router.port=8080"
+        )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: not valid YAML: {_yaml_fault(error)}") from error
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--set {override}: {yaml_fault(error)}") from error
+    if parts[0] == "pools" and len(parts) > 1 and "pools" not in data:
+        data["pools"] = {"prefill": {"workers": 1}, "decode": {"workers": 1}}  # the default
     node = data
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1]):
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {part} is {_shown(child)}, not a section")
+            section = ".".join(parts[: depth + 1])
+            raise ConfigError(f"--set {override}: {section} is {shown(child)}, not a section")
         node = child
     node[parts[-1]] = value
-
-
-def _first_fault(error: ValidationError, data: Mapping[str, Any]) -> str:
-    """One sentence for the first fault: path, found, allowed."""
-    faults = error.errors(include_url=False)
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    path = tuple(str(part) for part in fault["loc"])
-    known, path = _known_path(path)
-    where = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        section = ".".join(path[:-1]) or "the file"
-        hint = f"did you mean {near[0]}?" if near else f"{section} knows {', '.join(sorted(known))}"
-        return f"{where}: unknown key; {hint}"
-    if fault["type"] == "missing":
-        return f"{where}: missing; it has no default"
-    same = [f for f in faults if _known_path(tuple(str(p) for p in f["loc"]))[1] == path]
-    allowed = " or ".join(dict.fromkeys(_allowed(f) for f in same))
-    if not where:
-        return allowed
-    return f"{where}: found {_shown(fault['input'])}; allowed: {allowed}"
-
-
-def _allowed(fault: Any) -> str:
-    message = str(fault["msg"])
-    for prefix in ("Input should be ", "Value error, ", "String should "):
-        message = message.removeprefix(prefix)
-    return message
-
-
-def _shown(value: object) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _known_path(path: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
-    """The keys of the section that ``path`` ends in, and the path without pydantic's union tags."""
-    section: type[BaseModel] = Deployment
-    for depth, part in enumerate(path):
-        field = section.model_fields.get(part)
-        if field is None:
-            return list(section.model_fields), path[: depth + 1]
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-        else:
-            assert annotation is None or not isinstance(annotation, types.NoneType)
-            return list(section.model_fields), path[: depth + 1]
-    return list(section.model_fields), path
