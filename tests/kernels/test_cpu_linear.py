@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from pdserve.kernels import cpu_linear
 
 
