@@ -27,8 +27,14 @@ static inline float sum(f8 a) {
     return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
 }
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define APART __attribute__((noipa)) /* one body for every caller: one rounding */
+#else
+#define APART __attribute__((noinline))
+#endif
+
 #define GROUP(NAME, TYPE, LOAD, M)                                                              \
-    static void NAME##_##M(const float *x, const TYPE *w, float *y, long ldx, long ldy, long k, \
+    APART static void NAME##_##M(const float *x, const TYPE *w, float *y, long ldx, long ldy, long k, \
                            long n0, long n1) {                                                  \
         for (long j = n0; j < n1; j++) {                                                        \
             const TYPE *row = w + j * k;                                                        \
