@@ -178,10 +178,12 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The router will not have this worker (another model, declared dead); it says why."""
+    """The router will not have this worker, and says why. With ``rejoin`` (it was declared
+    dead) it may come back under a new epoch; without (another model) it may not."""
 
     __pydantic_config__ = _STRICT
     text: Sentence
+    rejoin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
