@@ -1,0 +1,42 @@
+"""RMSNorm, fused with the residual addition that comes before it.
+
+Root mean square layer normalisation: Zhang and Sennrich, 2019. Statistics are in fp32
+and the normalised value is rounded to the model's type *before* the weight is applied,
+as in the Llama implementation of transformers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns ``(normed[T, H], residual_out[T, H])``.
+
+    ``x[T, H]``; ``weight[H]``; with ``residual[T, H]`` the sum ``x + residual`` is what is
+    normalised and handed on as ``residual_out``, else ``residual_out`` is ``x`` itself.
+    """
+    if x.is_cuda:
+        from .gpu.rms_norm import rms_norm as launch
+
+        return launch(x, weight, eps, residual)
+    return rms_norm_reference(x, weight, eps, residual)
+
+
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch."""
+    if residual is not None:
+        x = x + residual  # [T, H]
+    return normalize(x, weight, eps), x
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension: ``x[..., H]``, ``weight[H]``."""
+    x32 = x.float()  # [..., H]
+    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [..., 1]
+    return (x32 * inverse).to(x.dtype) * weight

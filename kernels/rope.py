@@ -1,0 +1,107 @@
+"""Rotary position embedding and the write into the KV cache, in one pass over q, k and v.
+
+RoPE: Su et al., 2021, in the ``rotate_half`` convention of transformers (dimension ``i``
+is paired with ``i + rot / 2``). Where the model normalises each head of q and k first
+(Qwen3), that is part of the same pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rms_norm import normalize
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    kv_layer: Tensor,
+    *,
+    num_q_heads: int,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotates q and k **in place** in ``qkv``, writes k and v into the cache.
+
+    Returns the views ``(q[T, Hq, D], k[T, Hkv, D], v[T, Hkv, D])`` of ``qkv``.
+
+    - ``qkv[T, (Hq + 2 Hkv) * D]``: the merged projection, q then k then v.
+    - ``cos, sin[max_position, rot / 2]`` in fp32; ``rot <= D``, the rest passes through.
+    - ``positions[T]``: int32 or int64.
+    - ``slot_mapping[T]`` int64: ``block * block_size + offset``; negative = padding row,
+      nothing is written for it.
+    - ``kv_layer[num_blocks, 2, Hkv, block_size, D]``: one layer of the pool, any strides
+      (the last dimension dense).
+    - ``q_norm_weight, k_norm_weight[D]``: RMSNorm of every head before the rotation.
+    """
+    if qkv.is_cuda:
+        from .gpu.rope import rope_and_cache as launch
+    else:
+        launch = rope_and_cache_reference
+    return launch(
+        qkv,
+        cos,
+        sin,
+        positions,
+        slot_mapping,
+        kv_layer,
+        num_q_heads=num_q_heads,
+        q_norm_weight=q_norm_weight,
+        k_norm_weight=k_norm_weight,
+        eps=eps,
+    )
+
+
+def split_heads(qkv: Tensor, num_q_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The views ``(q[T, Hq, D], k[T, Hkv, D], v[T, Hkv, D])`` of ``qkv[T, (Hq + 2 Hkv) * D]``."""
+    heads = qkv.unflatten(-1, (-1, head_dim))  # [T, Hq + 2 Hkv, D]
+    num_kv_heads = (heads.shape[1] - num_q_heads) // 2
+    q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
+    return q, k, v
+
+
+def rope_and_cache_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    kv_layer: Tensor,
+    *,
+    num_q_heads: int,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in plain torch."""
+    _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
+    half = cos.shape[1]
+    q, k, v = split_heads(qkv, num_q_heads, head_dim)
+    if q_norm_weight is not None:
+        q.copy_(normalize(q, q_norm_weight, eps))
+    if k_norm_weight is not None:
+        k.copy_(normalize(k, k_norm_weight, eps))
+
+    # q and k together: they are neighbours in qkv.
+    rotated = qkv.unflatten(-1, (-1, head_dim))[:, : num_q_heads + num_kv_heads, : 2 * half]
+    first, second = rotated[..., :half], rotated[..., half:]  # [T, Hq + Hkv, rot / 2]
+    cos_t = cos.index_select(0, positions).unsqueeze(1)  # [T, 1, rot / 2]
+    sin_t = sin.index_select(0, positions).unsqueeze(1)
+    new_first = first * cos_t - second * sin_t  # fp32
+    new_second = second * cos_t + first * sin_t
+    first.copy_(new_first)
+    second.copy_(new_second)
+
+    kv = torch.stack((k, v), dim=1)  # [T, 2, Hkv, D]
+    if slot_mapping.numel() and int(slot_mapping.min()) < 0:
+        written = slot_mapping >= 0
+        slot_mapping, kv = slot_mapping[written], kv[written]
+    by_token = kv_layer.permute(0, 3, 1, 2, 4)  # [num_blocks, block_size, 2, Hkv, D]
+    blocks = slot_mapping.div(block_size, rounding_mode="floor")
+    by_token.index_put_((blocks, slot_mapping - blocks * block_size), kv)
+    return q, k, v
