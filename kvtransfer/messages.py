@@ -59,7 +59,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Starting:
-    """P has begun this prompt and holds all its blocks: reserve room, then grant. Resent until granted."""
+    """P has begun this prompt, holds all its blocks and waits for room. Resent until granted."""
 
     __pydantic_config__ = _STRICT
     key: Key
@@ -68,7 +68,7 @@ class Starting:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """D has room, and needs the prompt's blocks from ``first_block`` on (what lies before is cached).
+    """D has room, and needs the prompt's blocks from ``first_block`` on (it has those before).
 
     Said again for a repeated Starting.
     """

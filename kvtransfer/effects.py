@@ -1,0 +1,118 @@
+"""What the two state machines ask of the world around them, as plain data.
+
+``Send``, ``SendChunk`` and ``Write`` are for the I/O rim, in the order given; the others
+are for the worker core. The rim answers every ``SendChunk`` with one call of
+``Sender.sent`` and every ``Write`` with one of ``Receiver.written``, also where the socket
+was lost in between: on that rests that nobody frees a block that is still being read
+or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ..core.ids import Attempt, WorkerRef
+from ..core.messages import FailureKind, PeerAddress, TokenItem
+from .messages import Chunk, ToReceiver, ToSender
+
+# P knows where to dial; D answers whoever has dialled in under this name
+Link: TypeAlias = PeerAddress | WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One message of one frame. It may be lost: whoever sends it again decides that."""
+
+    peer: Link
+    message: ToReceiver | ToSender
+
+
+@dataclass(frozen=True, slots=True)
+class SendChunk:
+    """The bytes of these blocks of P's pool behind ``message``, whose checksums the rim fills in.
+
+    ``blocks[i]`` is block ``message.first_block + i`` of the prompt.
+    """
+
+    peer: PeerAddress
+    message: Chunk
+    blocks: tuple[int, ...]
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.message.key.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """D has room: from now on this prompt's blocks leave as they are offered."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Complete or withdrawn, and no send outstanding: P frees its blocks. Said once."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailed:
+    """Over without success, and no send outstanding: P frees its blocks and tells the router.
+
+    Of ``Released`` and ``SendFailed`` a started transfer gets exactly one.
+    """
+
+    attempt: Attempt
+    kind: FailureKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """P has begun this prompt: find room for ``num_tokens`` and growth, then call ``reserved``."""
+
+    attempt: Attempt
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Check and copy frames into blocks of D's pool: ``frames[i]`` into ``blocks[i]``.
+
+    ``checksums`` holds an xxh3-64 a frame, or is empty.
+    """
+
+    attempt: Attempt
+    first_block: int
+    blocks: tuple[int, ...]
+    frames: tuple[memoryview, ...]
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Runnable:
+    """All blocks are in place and the prompt is committed. ``token`` is the first of the output."""
+
+    attempt: Attempt
+    token: TokenItem
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveEnded:
+    """Over before it was complete, and no write outstanding: D frees what it reserved.
+
+    ``kind`` is None where P withdrew it or D's own core aborted it: nobody needs telling.
+    Of ``Runnable`` and ``ReceiveEnded`` an expected transfer gets exactly one.
+    """
+
+    attempt: Attempt
+    kind: FailureKind | None
+    text: str
+
+
+SenderEffect: TypeAlias = Send | SendChunk | Granted | Released | SendFailed
+ReceiverEffect: TypeAlias = Send | Reserve | Write | Runnable | ReceiveEnded
+Effect: TypeAlias = SenderEffect | ReceiverEffect

@@ -1,0 +1,61 @@
+"""Who may exchange KV blocks with whom: a pure comparison, done by the receiving end."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+
+from ..core.ids import WorkerRef
+from ..core.messages import PROTOCOL_VERSION, PeerAddress
+from ..core.plan import KvLayout
+from .messages import Accepted, Connect, Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """What this worker shows to its peers, and demands of those that dial in.
+
+    ``token`` is its own secret, which reaches its peers through the router.
+    """
+
+    ref: WorkerRef
+    token: str
+    fingerprint: str
+    layout: KvLayout
+
+    def connect(self, peer: PeerAddress) -> Connect:
+        return Connect(
+            version=PROTOCOL_VERSION,
+            worker_id=self.ref.worker_id,
+            epoch=self.ref.epoch,
+            token=peer.token,
+            fingerprint=self.fingerprint,
+            num_layers=self.layout.num_layers,
+            num_kv_heads=self.layout.num_kv_heads,
+            block_size=self.layout.block_size,
+            head_dim=self.layout.head_dim,
+            dtype=self.layout.dtype,
+            block_bytes=self.layout.block_bytes,
+        )
+
+    def answer(self, connect: Connect) -> Accepted | Rejected:
+        """A wrong token is told nothing else about this worker."""
+        if not hmac.compare_digest(connect.token.encode(), self.token.encode()):
+            return Rejected("the token is not the one this worker published")
+        differences = [
+            f"{name} is {theirs} there and {ours} here"
+            for name, theirs, ours in (
+                ("protocol version", connect.version, PROTOCOL_VERSION),
+                ("model fingerprint", connect.fingerprint, self.fingerprint),
+                ("number of layers", connect.num_layers, self.layout.num_layers),
+                ("number of KV heads", connect.num_kv_heads, self.layout.num_kv_heads),
+                ("block size", connect.block_size, self.layout.block_size),
+                ("head dimension", connect.head_dim, self.layout.head_dim),
+                ("dtype", connect.dtype, self.layout.dtype),
+                ("block bytes", connect.block_bytes, self.layout.block_bytes),
+            )
+            if theirs != ours
+        ]
+        if differences:
+            return Rejected(f"{self.ref} can't take KV blocks: {'; '.join(differences)}")
+        return Accepted(self.ref.worker_id, self.ref.epoch)

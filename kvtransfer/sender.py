@@ -1,0 +1,403 @@
+"""P's end of the transfers: a pure state machine over plain data.
+
+A transfer's life here, told by what is known rather than by a state field:
+
+    start    Connect (where the peer is not known to listen), Starting; said again until
+    granted  D has room: blocks leave as they are offered, within the link's window
+    sent     the rim no longer reads the blocks; unacknowledged they are sent again
+    commit   said once everything has left, and again until
+    over     Complete, withdrawn, cancelled, lost or expired: as soon as no send is
+             outstanding, ``Released`` or ``SendFailed`` gives the blocks back to P
+
+Whatever a peer says may be late, doubled, lost or wrong; it can end its own transfers
+early or have bytes sent twice, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..core.ids import Attempt, WorkerRef
+from ..core.messages import FailureKind, Key, PeerAddress, TokenItem
+from .effects import Granted, Released, Send, SendChunk, SenderEffect, SendFailed
+from .handshake import Handshake
+from .messages import (
+    Accepted,
+    Ack,
+    Cancel,
+    Chunk,
+    Commit,
+    Complete,
+    Grant,
+    PeerBeat,
+    Rejected,
+    Starting,
+    ToSender,
+    Withdraw,
+)
+from .outgoing import OutgoingLink, OutgoingTransfer, SentChunk
+from .settings import TransferSettings, beats
+
+
+class Sender:
+    """All outgoing transfers of one worker. Calls about transfers that are over do nothing."""
+
+    def __init__(self, settings: TransferSettings, handshake: Handshake) -> None:
+        self._settings = settings
+        self._handshake = handshake
+        self._links: dict[WorkerRef, OutgoingLink] = {}
+        self._refs: dict[Attempt, WorkerRef] = {}
+        self.num_dropped = 0  # messages that made no sense here
+
+    def live(self, peer: WorkerRef) -> tuple[Key, ...]:
+        """The transfers to this peer that are not over."""
+        link = self._links.get(peer)
+        return link.live() if link is not None else ()
+
+    def granted(self, attempt: Attempt) -> bool:
+        found = self._find(attempt)
+        return found is not None and found[1].granted
+
+    # what P's own core says
+
+    def start(
+        self, attempt: Attempt, peer: PeerAddress, num_tokens: int, now: float
+    ) -> list[SenderEffect]:
+        """P has left its queue for this prompt of ``num_tokens`` and holds all its blocks."""
+        assert num_tokens > 0, num_tokens
+        if attempt in self._refs:
+            return []
+        link = self._links.get(peer.ref)
+        if link is None:
+            link = OutgoingLink(peer, beat_at=now + self._settings.beat_s, quiet_since=now)
+            self._links[peer.ref] = link
+        transfer = OutgoingTransfer(
+            key=Key.of(attempt),
+            num_tokens=num_tokens,
+            num_blocks=self._settings.num_blocks(num_tokens),
+            lease_until=now + self._settings.lease_s,
+            resend_at=now + self._settings.resend_s,
+        )
+        self._refs[attempt] = peer.ref
+        link.transfers[attempt] = transfer
+        return [*self._connect(link, now), Send(link.address, Starting(transfer.key, num_tokens))]
+
+    def offer(self, attempt: Attempt, blocks: Sequence[int], now: float) -> list[SenderEffect]:
+        """``blocks``: P's pool blocks of all prompt blocks complete so far, in prompt order."""
+        found = self._find(attempt)
+        if found is None:
+            return []
+        link, transfer = found
+        assert len(transfer.offered) <= len(blocks) <= transfer.num_blocks, (attempt, len(blocks))
+        transfer.offered = tuple(blocks)
+        return self._pump(link, now)
+
+    def commit(self, attempt: Attempt, token: TokenItem, now: float) -> list[SenderEffect]:
+        """The prompt is computed and this is its first token."""
+        found = self._find(attempt)
+        if found is None:
+            return []
+        link, transfer = found
+        transfer.token = token
+        return self._pump(link, now)
+
+    def withdraw(self, attempt: Attempt, now: float) -> list[SenderEffect]:
+        """P takes it back: token 0 was the last, or the request was aborted, or P drops it."""
+        found = self._find(attempt)
+        if found is None:
+            return []
+        link, transfer = found
+        return [
+            Send(link.address, Withdraw(transfer.key)),
+            *self._end(link, transfer, Released(attempt)),
+            *self._pump(link, now),
+        ]
+
+    # what the rim says
+
+    def sent(self, attempt: Attempt, first_block: int, now: float) -> list[SenderEffect]:
+        """The rim no longer reads the blocks of this SendChunk, whether they left or not."""
+        link = self._links[self._refs[attempt]]
+        transfer = link.transfers[attempt]
+        chunk = transfer.chunks[first_block]
+        assert chunk.sending, (attempt, first_block)
+        chunk.sending = False
+        if transfer.over or chunk.acked:
+            link.forget(transfer, first_block)
+        transfer.resend_at = max(
+            transfer.resend_at, now + self._settings.backoff_s(transfer.num_resends)
+        )
+        return [*self._close(link, transfer), *self._pump(link, now)]
+
+    def peer_lost(self, peer: WorkerRef, text: str, now: float) -> list[SenderEffect]:
+        """The peer is dead, or its socket was given up. Each send still ends with ``sent``."""
+        return self._end_all(peer, FailureKind.PEER_LOST, text, now)
+
+    def receive(self, peer: WorkerRef, message: ToSender, now: float) -> list[SenderEffect]:
+        link = self._links.get(peer)
+        if link is None:
+            return []
+        link.heard_at = now
+        match message:
+            case Accepted():
+                other = WorkerRef(message.worker_id, message.epoch)
+                if other == peer:
+                    return []
+                text = f"{other} answers at {link.address.endpoint}, where {peer} was expected"
+                return self._end_all(peer, FailureKind.PEER_LOST, text, now)
+            case Rejected(text=text):
+                return self._end_all(peer, FailureKind.TRANSFER, f"{peer} refused: {text}", now)
+            case PeerBeat(live=live):
+                return [effect for key in live for effect in self._listed(link, key, now)]
+            case Grant() | Ack() | Complete() | Cancel():
+                transfer = link.transfers.get(message.key.attempt)
+                if transfer is None or transfer.over:
+                    # its Withdraw was lost, or is on its way
+                    lost = isinstance(message, Grant)
+                    return [Send(link.address, Withdraw(message.key))] if lost else []
+                transfer.lease_until = now + self._settings.lease_s
+                match message:
+                    case Grant():
+                        return self._on_grant(link, transfer, message, now)
+                    case Ack():
+                        return self._on_ack(link, transfer, message, now)
+                    case Complete():
+                        return self._on_complete(link, transfer, now)
+                    case Cancel(text=text):
+                        outcome = SendFailed(
+                            message.key.attempt, FailureKind.DROPPED, f"{peer} cancelled: {text}"
+                        )
+                        return [*self._end(link, transfer, outcome), *self._pump(link, now)]
+
+    def tick(self, now: float) -> list[SenderEffect]:
+        """Leases, resends, beats. Call it several times a second."""
+        effects: list[SenderEffect] = []
+        for link in list(self._links.values()):
+            for transfer in list(link.transfers.values()):
+                if transfer.over:
+                    continue
+                if now >= transfer.lease_until:
+                    effects += self._expire(link, transfer, now)
+                elif now >= transfer.resend_at:
+                    effects += self._resend(link, transfer, now)
+            effects += self._pump(link, now)
+            effects += self._beat(link, now)
+            if link.transfers:
+                link.quiet_since = now
+            elif now - link.quiet_since >= self._settings.lease_s:
+                del self._links[link.address.ref]
+        return effects
+
+    # inside
+
+    def _find(self, attempt: Attempt) -> tuple[OutgoingLink, OutgoingTransfer] | None:
+        ref = self._refs.get(attempt)
+        if ref is None:
+            return None
+        link = self._links[ref]
+        transfer = link.transfers[attempt]
+        return None if transfer.over else (link, transfer)
+
+    def _connect(self, link: OutgoingLink, now: float) -> Iterable[SenderEffect]:
+        """Connect, where the peer may not know us (any more): it has been silent, or is new.
+
+        Said again costs nothing; after a broken connection nothing else would be heard.
+        """
+        silence = 2 * self._settings.beat_s
+        if link.heard_at is not None and now - link.heard_at <= silence:
+            return
+        if link.connect_at is not None and now - link.connect_at < self._settings.beat_s:
+            return
+        link.connect_at = now
+        yield Send(link.address, self._handshake.connect(link.address))
+
+    def _on_grant(
+        self, link: OutgoingLink, transfer: OutgoingTransfer, grant: Grant, now: float
+    ) -> list[SenderEffect]:
+        if transfer.first_block is not None:
+            if transfer.first_block != grant.first_block:
+                self.num_dropped += 1
+            return []
+        if grant.first_block > transfer.num_blocks:
+            self.num_dropped += 1
+            text = (
+                f"{link.address.ref} granted from block {grant.first_block} on, "
+                f"of {transfer.num_blocks}"
+            )
+            return self._give_up(link, transfer, FailureKind.TRANSFER, text, now)
+        transfer.first_block = transfer.next_block = grant.first_block
+        self._progress(transfer, now)
+        return [Granted(transfer.key.attempt), *self._pump(link, now)]
+
+    def _on_ack(
+        self, link: OutgoingLink, transfer: OutgoingTransfer, ack: Ack, now: float
+    ) -> list[SenderEffect]:
+        chunk = transfer.chunks.get(ack.first_block)
+        if chunk is None:
+            return []  # said twice
+        if chunk.num_blocks != ack.num_blocks:
+            self.num_dropped += 1
+            return []
+        chunk.acked = True
+        self._progress(transfer, now)
+        if not chunk.sending:
+            link.forget(transfer, ack.first_block)
+        return self._pump(link, now)
+
+    def _on_complete(
+        self, link: OutgoingLink, transfer: OutgoingTransfer, now: float
+    ) -> list[SenderEffect]:
+        if not transfer.commit_sent:
+            self.num_dropped += 1  # it can't know that
+            return []
+        outcome = Released(transfer.key.attempt)
+        return [*self._end(link, transfer, outcome), *self._pump(link, now)]
+
+    def _listed(self, link: OutgoingLink, key: Key, now: float) -> list[SenderEffect]:
+        transfer = link.transfers.get(key.attempt)
+        if transfer is None or transfer.over:
+            return [Send(link.address, Withdraw(key))]
+        transfer.lease_until = now + self._settings.lease_s
+        return []
+
+    def _progress(self, transfer: OutgoingTransfer, now: float) -> None:
+        transfer.num_resends = 0
+        transfer.resend_at = now + self._settings.resend_s
+
+    def _pump(self, link: OutgoingLink, now: float) -> list[SenderEffect]:
+        """Sends what is offered, granted and within the window, oldest transfer first."""
+        effects: list[SenderEffect] = []
+        for transfer in link.transfers.values():
+            if transfer.over or not transfer.granted:
+                continue
+            while (ready := len(transfer.offered) - transfer.next_block) > 0:
+                count = min(ready, self._settings.chunk_blocks)
+                if link.num_inflight + count > self._settings.window_blocks:
+                    return effects
+                first = transfer.next_block
+                transfer.chunks[first] = SentChunk(count)
+                transfer.next_block += count
+                link.num_inflight += count
+                effects.append(self._send_chunk(link, transfer, first, count))
+                self._progress(transfer, now)
+            if transfer.next_block == transfer.num_blocks and not transfer.commit_sent:
+                commit = self._say_commit(link, transfer)
+                if commit:
+                    transfer.commit_sent = True
+                    self._progress(transfer, now)
+                    effects += commit
+        return effects
+
+    @staticmethod
+    def _send_chunk(
+        link: OutgoingLink, transfer: OutgoingTransfer, first: int, count: int
+    ) -> SendChunk:
+        chunk = Chunk(transfer.key, first, count)
+        return SendChunk(link.address, chunk, transfer.offered[first : first + count])
+
+    @staticmethod
+    def _say_commit(link: OutgoingLink, transfer: OutgoingTransfer) -> list[SenderEffect]:
+        if transfer.token is None:
+            return []
+        return [Send(link.address, Commit(transfer.key, transfer.num_tokens, transfer.token))]
+
+    def _resend(
+        self, link: OutgoingLink, transfer: OutgoingTransfer, now: float
+    ) -> list[SenderEffect]:
+        """Everything unanswered, once more; too often without any progress, and it is over."""
+        if not transfer.granted:
+            transfer.resend_at = now + self._settings.resend_s
+            starting = Starting(transfer.key, transfer.num_tokens)
+            return [*self._connect(link, now), Send(link.address, starting)]
+        if transfer.sending or not (transfer.chunks or transfer.commit_sent):
+            transfer.resend_at = now + self._settings.backoff_s(transfer.num_resends)
+            return []  # the turn is with our own rim, or with P
+        if transfer.num_resends >= self._settings.max_resends:
+            text = (
+                f"{link.address.ref} acknowledged nothing "
+                f"after {transfer.num_resends} resends of the same blocks"
+            )
+            return self._give_up(link, transfer, FailureKind.TRANSFER, text, now)
+        transfer.num_resends += 1
+        transfer.resend_at = now + self._settings.backoff_s(transfer.num_resends)
+        effects: list[SenderEffect] = [*self._connect(link, now)]
+        for first, chunk in transfer.chunks.items():
+            chunk.sending = True
+            effects.append(self._send_chunk(link, transfer, first, chunk.num_blocks))
+        if transfer.commit_sent:
+            effects += self._say_commit(link, transfer)
+        return effects
+
+    def _expire(
+        self, link: OutgoingLink, transfer: OutgoingTransfer, now: float
+    ) -> list[SenderEffect]:
+        lease_s, peer = self._settings.lease_s, link.address.ref
+        if link.heard_at is None:
+            kind = FailureKind.TRANSFER
+            text = (
+                f"{peer} did not answer at {link.address.endpoint} within {lease_s:g} s: "
+                f"unreachable, or it refuses this worker's key or token"
+            )
+        elif now - link.heard_at >= lease_s:
+            kind, text = FailureKind.PEER_LOST, f"{peer} was not heard of for {lease_s:g} s"
+        else:
+            kind = FailureKind.DROPPED
+            text = f"{peer} has not listed the transfer for {lease_s:g} s"
+        return self._give_up(link, transfer, kind, text, now)
+
+    def _give_up(
+        self,
+        link: OutgoingLink,
+        transfer: OutgoingTransfer,
+        kind: FailureKind,
+        text: str,
+        now: float,
+    ) -> list[SenderEffect]:
+        outcome = SendFailed(transfer.key.attempt, kind, text)
+        return [
+            Send(link.address, Withdraw(transfer.key)),
+            *self._end(link, transfer, outcome),
+            *self._pump(link, now),
+        ]
+
+    def _end_all(
+        self, peer: WorkerRef, kind: FailureKind, text: str, now: float
+    ) -> list[SenderEffect]:
+        link = self._links.get(peer)
+        if link is None:
+            return []
+        link.heard_at = link.connect_at = None  # whoever starts next must connect anew
+        link.quiet_since = now
+        return [
+            effect
+            for attempt, transfer in list(link.transfers.items())
+            if not transfer.over
+            for effect in self._end(link, transfer, SendFailed(attempt, kind, text))
+        ]
+
+    def _end(
+        self, link: OutgoingLink, transfer: OutgoingTransfer, outcome: Released | SendFailed
+    ) -> list[SenderEffect]:
+        transfer.outcome = outcome
+        for first, chunk in list(transfer.chunks.items()):
+            if not chunk.sending:
+                link.forget(transfer, first)
+        return self._close(link, transfer)
+
+    def _close(self, link: OutgoingLink, transfer: OutgoingTransfer) -> list[SenderEffect]:
+        """Gives the blocks back, once nobody reads them any more."""
+        if transfer.outcome is None or transfer.chunks:
+            return []
+        attempt = transfer.key.attempt
+        del link.transfers[attempt]
+        del self._refs[attempt]
+        return [transfer.outcome]
+
+    def _beat(self, link: OutgoingLink, now: float) -> Iterable[SenderEffect]:
+        if now < link.beat_at:
+            return
+        link.beat_at = now + self._settings.beat_s
+        if live := link.live():
+            yield from self._connect(link, now)
+            for beat in beats(live):
+                yield Send(link.address, beat)

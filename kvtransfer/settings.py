@@ -1,0 +1,71 @@
+"""The numbers that both ends of a transfer go by: shapes, times, bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..core.messages import MAX_LIVE, Key
+from .messages import MAX_CHUNK_BLOCKS, PeerBeat
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSettings:
+    """Sizes in bytes, times in seconds; ``lease_s`` is ``kv_transfer.lease_s`` of the file.
+
+    Beats come several to a lease, so that two lost ones end nothing. What is unanswered
+    is said again after ``resend_s``, then after twice as long, up to half a lease, and
+    given up after ``max_resends`` times. A tombstone must outlive whatever a peer may
+    still say about a transfer that is over: it keeps on for at most a lease after its
+    last sign of life, and messages may lie in queues for about as long.
+    """
+
+    block_size: int  # tokens
+    block_bytes: int
+    lease_s: float = 10.0
+    resend_s: float = 1.0
+    max_resends: int = 6
+    max_write_failures: int = 3  # blocks that came in damaged, before the link is given up
+    window_bytes: int = 32 << 20  # unacknowledged, to one peer
+    chunk_bytes: int = 4 << 20  # in one message
+    max_parked: int = 1024  # prompts begun by peers that this worker was not yet told of
+    max_tombstones: int = 1 << 16
+
+    @property
+    def beat_s(self) -> float:
+        return min(1.0, self.lease_s / 4)
+
+    @property
+    def max_resend_s(self) -> float:
+        return max(self.resend_s, self.lease_s / 2)
+
+    @property
+    def parking_s(self) -> float:
+        """How long a prompt's start may be ahead of its placement."""
+        return self.lease_s / 2
+
+    @property
+    def tombstone_s(self) -> float:
+        return 3 * self.lease_s
+
+    @property
+    def window_blocks(self) -> int:
+        return max(1, self.window_bytes // self.block_bytes)
+
+    @property
+    def chunk_blocks(self) -> int:
+        wanted = max(1, self.chunk_bytes // self.block_bytes)
+        return min(wanted, self.window_blocks, MAX_CHUNK_BLOCKS)
+
+    def num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def backoff_s(self, num_resends: int) -> float:
+        """The wait after the ``num_resends``-th fruitless resend."""
+        return min(self.resend_s * 2.0 ** min(num_resends, 16), self.max_resend_s)
+
+
+def beats(keys: Sequence[Key]) -> Iterator[PeerBeat]:
+    """As many beats as the bound on one message makes necessary."""
+    for start in range(0, len(keys), MAX_LIVE):
+        yield PeerBeat(tuple(keys[start : start + MAX_LIVE]))
