@@ -39,9 +39,7 @@ def prefill_attention(
     if q.is_cuda:
         from .gpu.prefill_attention import prefill_attention as launch
 
-        return launch(
-            q, kv_layer, block_tables, cu_seqlens_q, context_lens, max_q, scale, k=k, v=v
-        )
+        return launch(q, kv_layer, block_tables, cu_seqlens_q, context_lens, max_q, scale, k=k, v=v)
     return prefill_attention_reference(
         q, kv_layer, block_tables, cu_seqlens_q, context_lens, scale, k=k, v=v
     )
@@ -69,7 +67,9 @@ def prefill_attention_reference(
         if k is not None and v is not None:
             row_k, row_v = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
         else:
-            row_k, row_v = gather_kv(kv_layer, block_tables[row], length)  # [Hkv, length, D]
+            blocks = block_tables[row, : -(-length // kv_layer.shape[3])].long()
+            row_k, row_v = gather_kv(kv_layer, blocks, 1, length)  # [1, Hkv, length, D]
+            row_k, row_v = row_k[0], row_v[0]
         out[start:end] = _causal(q[start:end].transpose(0, 1), row_k, row_v, scale)
     return out
 

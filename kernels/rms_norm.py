@@ -7,8 +7,8 @@ as in the Llama implementation of transformers.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def rms_norm(
@@ -37,6 +37,5 @@ def rms_norm_reference(
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension: ``x[..., H]``, ``weight[H]``."""
-    x32 = x.float()  # [..., H]
-    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [..., 1]
-    return (x32 * inverse).to(x.dtype) * weight
+    # Without its weight: torch would multiply before it rounds.
+    return functional.rms_norm(x, weight.shape, None, eps).mul_(weight)

@@ -7,7 +7,6 @@ is paired with ``i + rot / 2``). Where the model normalises each head of q and k
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .rms_norm import normalize
@@ -87,17 +86,20 @@ def rope_and_cache_reference(
     if k_norm_weight is not None:
         k.copy_(normalize(k, k_norm_weight, eps))
 
-    # q and k together: they are neighbours in qkv.
-    rotated = qkv.unflatten(-1, (-1, head_dim))[:, : num_q_heads + num_kv_heads, : 2 * half]
-    first, second = rotated[..., :half], rotated[..., half:]  # [T, Hq + Hkv, rot / 2]
-    cos_t = cos.index_select(0, positions).unsqueeze(1)  # [T, 1, rot / 2]
-    sin_t = sin.index_select(0, positions).unsqueeze(1)
-    new_first = first * cos_t - second * sin_t  # fp32
-    new_second = second * cos_t + first * sin_t
-    first.copy_(new_first)
-    second.copy_(new_second)
+    # q and k together: they are neighbours in qkv, as are k and v.
+    heads = qkv.unflatten(-1, (-1, head_dim))  # [T, Hq + 2 Hkv, D]
+    rotated = heads[:, : num_q_heads + num_kv_heads, : 2 * half].unflatten(-1, (2, half))
+    pair = rotated.float()  # [T, Hq + Hkv, 2, rot / 2], in fp32 the very memory of qkv
+    cos_t = cos.index_select(0, positions)[:, None, None]  # [T, 1, 1, rot / 2]
+    sin_t = sin.index_select(0, positions)[:, None, None]
+    crossed = pair.flip(2).mul_(sin_t)
+    pair.mul_(cos_t)
+    pair[:, :, 0].sub_(crossed[:, :, 0])
+    pair[:, :, 1].add_(crossed[:, :, 1])
+    if pair.dtype != qkv.dtype:
+        rotated.copy_(pair)
 
-    kv = torch.stack((k, v), dim=1)  # [T, 2, Hkv, D]
+    kv = heads[:, num_q_heads:].unflatten(1, (2, num_kv_heads))  # [T, 2, Hkv, D]
     if slot_mapping.numel() and int(slot_mapping.min()) < 0:
         written = slot_mapping >= 0
         slot_mapping, kv = slot_mapping[written], kv[written]
