@@ -55,7 +55,7 @@ class SimulatedModel:
         assert 0.0 <= self.eos_probability <= 1.0 and self.eos_token_ids
 
     def kv_of(self, before: bytes, token_id: int, position: int) -> bytes:
-        """The KV of ``position``; ``before``: that of the position before it, empty for the first."""
+        """The KV of ``position``, given that of the one before it (empty for the first)."""
         digest = hashlib.blake2b(before, digest_size=self.token_bytes)
         digest.update(token_id.to_bytes(4, "little") + position.to_bytes(8, "little"))
         return digest.digest()
