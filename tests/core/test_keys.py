@@ -75,18 +75,24 @@ def _pair(tmp_path: Path, name: str) -> Keys:
     return load_keys(tmp_path / name)
 
 
-def _says(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: Keys | None) -> None:
+def _says(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    keys: Keys | None,
+    server: Keys | None = None,
+) -> zmq.Socket[bytes]:
     client = context.socket(zmq.DEALER)
     client.linger = 0
     if keys is not None:
         secure_client(client, keys)
+        client.curve_serverkey = (server or keys).public
     client.connect(endpoint)
     client.send(b"hello")
+    return client  # it lives as long as somebody has it
 
 
 def test_only_members_are_heard(tmp_path: Path) -> None:
     keys, others = _pair(tmp_path, "a"), _pair(tmp_path, "b")
-    knows_public = Keys(keys.public, others.secret)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         with admit(context, keys):
@@ -95,13 +101,17 @@ def test_only_members_are_heard(tmp_path: Path) -> None:
             secure_server(server, keys)
             port = server.bind_to_random_port("tcp://127.0.0.1")
             endpoint = f"tcp://127.0.0.1:{port}"
-            for stranger in (None, others, knows_public):
-                _says(context, endpoint, stranger)
+            strangers = [
+                _says(context, endpoint, None),
+                _says(context, endpoint, others),
+                _says(context, endpoint, others, server=keys),
+            ]
             assert not server.poll(400)
-            _says(context, endpoint, keys)
+            member = _says(context, endpoint, keys)
             assert server.poll(5000)
             assert server.recv_multipart()[1] == b"hello"
             assert not server.poll(100)
+            assert not any(client.closed for client in (*strangers, member))
     finally:
         context.destroy(linger=0)
 
@@ -113,7 +123,8 @@ def test_without_a_gate_nobody_gets_in(tmp_path: Path) -> None:
         server = context.socket(zmq.ROUTER)
         secure_server(server, keys)
         port = server.bind_to_random_port("tcp://127.0.0.1")
-        _says(context, f"tcp://127.0.0.1:{port}", keys)
+        client = _says(context, f"tcp://127.0.0.1:{port}", keys)
         assert not server.poll(400)
+        assert not client.closed
     finally:
         context.destroy(linger=0)
