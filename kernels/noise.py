@@ -2,10 +2,10 @@
 
 The Gumbel noise of vocabulary entry ``i`` is a hash of (seed, choice, position, i), so a
 seeded request draws the same tokens wherever and however often it is run. Counter-based
-random numbers: Salmon et al., 2011; the mixing functions are SplitMix64 (Steele, Lea and
-Flood, 2014) for the key and Wellons' ``lowbias32`` for the entries, applied twice with
-half of the key each. The integers are exact everywhere; the two logarithms that follow may
-differ by a rounding between devices.
+random numbers: Salmon et al., 2011. The key is mixed with SplitMix64 (Steele, Lea and Flood,
+2014); an entry with Wellons' ``lowbias32``, half of the key going in before the first and
+half before the second multiplication. The integers are exact everywhere; the two logarithms
+that follow may differ by a rounding between devices.
 """
 
 from __future__ import annotations
@@ -13,61 +13,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MIX_1 = 0x7FEB352D
-MIX_2 = 0x846CA68B - 2**32  # as a signed 32-bit number
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_SPLIT_1 = 0xBF58476D1CE4E5B9 - 2**64
-_SPLIT_2 = 0x94D049BB133111EB - 2**64
-SERIES_BELOW = 2.0**-5
+GOLDEN = 0x9E3779B97F4A7C15
+SPLIT_MIX_1 = 0xBF58476D1CE4E5B9
+SPLIT_MIX_2 = 0x94D049BB133111EB
+LOW_BIAS_1 = 0x7FEB352D
+LOW_BIAS_2 = 0x846CA68B
+LARGEST_UNIFORM = 1 - 2.0**-24
+_MASK_64 = 2**64 - 1
 
 
-def noise_keys(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:
-    """One 64-bit key a row from ``seed, choice, position[B]`` (int64) -> ``[B]`` int64."""
-    key = _split_mix(seed)
-    key = _split_mix(key ^ choice)
-    return _split_mix(key ^ position)
+def noise_key(seed: int, choice: int, position: int) -> int:
+    """The 64-bit key of one draw."""
+    return _split_mix(_split_mix(_split_mix(seed) ^ choice) ^ position)
 
 
-def _split_mix(x: Tensor) -> Tensor:
-    """SplitMix64's step; int64 arithmetic wraps, and shifts are made logical by a mask."""
-    x = x + _GOLDEN
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _SPLIT_1
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _SPLIT_2
-    return x ^ ((x >> 31) & (2**33 - 1))
+def _split_mix(x: int) -> int:
+    x = (x + GOLDEN) & _MASK_64
+    x = (x ^ (x >> 30)) * SPLIT_MIX_1 & _MASK_64
+    x = (x ^ (x >> 27)) * SPLIT_MIX_2 & _MASK_64
+    return x ^ (x >> 31)
 
 
-def hash_entries(keys: Tensor, index: Tensor) -> Tensor:
-    """32 random bits for each (key, vocabulary entry).
+def hash_entries(key: int, index: Tensor) -> Tensor:
+    """32 random bits for each vocabulary entry ``index[N]`` int32 -> ``[N]`` int32."""
+    # int32 arithmetic wraps; an arithmetic shift is made a logical one by a mask.
+    h = index ^ signed_32(key)
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    h *= LOW_BIAS_1
+    h ^= (h >> 15).bitwise_and_(0x1FFFF)
+    h ^= signed_32(key >> 32)
+    h *= signed_32(LOW_BIAS_2)
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
+    return h
 
-    ``keys[B, 1]`` int64, ``index[1, N]`` or ``[B, N]`` int32 -> ``[B, N]`` int32.
+
+def signed_32(x: int) -> int:
+    """The low 32 bits of ``x`` as a signed number."""
+    return ((x + 2**31) & 0xFFFFFFFF) - 2**31
+
+
+def gumbel(key: int, index: Tensor) -> Tensor:
+    """Standard Gumbel noise for the entries ``index[N]`` int32 -> ``[N]`` fp32.
+
+    It is ``-log(-log(1 - u))``. Large noise comes from small ``u``, which keeps all its bits:
+    ``u`` is the hash without its sign over 2^31, bounded away from 0 and 1.
     """
-    low = (keys << 32 >> 32).to(torch.int32)  # sign-extended, so that the cast is exact
-    high = (keys >> 32).to(torch.int32)
-    h = _low_bias(index ^ low)
-    return _low_bias(h.bitwise_xor_(high))
-
-
-def _low_bias(x: Tensor) -> Tensor:
-    """Wellons' lowbias32 in place on ``x`` (int32, wrapping)."""
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    x *= MIX_1
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= MIX_2
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x
-
-
-def exponential(bits: Tensor) -> Tensor:
-    """Standard exponential variates from ``bits`` (int32): ``-log(1 - u)``, fine near u = 0.
-
-    Small values decide who wins a race among many, so ``u`` keeps all 32 bits there.
-    """
-    u = bits.to(torch.float32).mul_(2.0**-32)  # in [-0.5, 0.5]
-    u = torch.where(u < 0, u + 1, u).clamp_(2.0**-33, 1 - 2.0**-24)
-    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
-    return torch.where(u < SERIES_BELOW, series, -torch.log(1 - u))
-
-
-def gumbel(keys: Tensor, index: Tensor) -> Tensor:
-    """Standard Gumbel noise fp32 for ``keys[B, 1]`` and ``index[1 or B, N]`` -> ``[B, N]``."""
-    return exponential(hash_entries(keys, index)).log_().neg_()
+    u = hash_entries(key, index).to(torch.float32).abs_().mul_(2.0**-31)
+    u.clamp_(2.0**-32, LARGEST_UNIFORM)
+    return u.neg_().log1p_().neg_().log_().neg_()

@@ -58,7 +58,7 @@ def rope_and_cache(
 
 def split_heads(qkv: Tensor, num_q_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """The views ``(q[T, Hq, D], k[T, Hkv, D], v[T, Hkv, D])`` of ``qkv[T, (Hq + 2 Hkv) * D]``."""
-    heads = qkv.unflatten(-1, (-1, head_dim))  # [T, Hq + 2 Hkv, D]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)  # [T, Hq + 2 Hkv, D]
     num_kv_heads = (heads.shape[1] - num_q_heads) // 2
     q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
     return q, k, v
@@ -87,7 +87,7 @@ def rope_and_cache_reference(
         k.copy_(normalize(k, k_norm_weight, eps))
 
     # q and k together: they are neighbours in qkv, as are k and v.
-    heads = qkv.unflatten(-1, (-1, head_dim))  # [T, Hq + 2 Hkv, D]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)  # [T, Hq + 2 Hkv, D]
     rotated = heads[:, : num_q_heads + num_kv_heads, : 2 * half].unflatten(-1, (2, half))
     pair = rotated.float()  # [T, Hq + Hkv, 2, rot / 2], in fp32 the very memory of qkv
     cos_t = cos.index_select(0, positions)[:, None, None]  # [T, 1, 1, rot / 2]

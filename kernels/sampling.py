@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .noise import gumbel, noise_keys
+from .noise import gumbel, noise_key
 
-TOP_P_CANDIDATES = 1024
+CANDIDATES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,89 +110,87 @@ def log_probs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, 
 def sample_reference(
     logits: Tensor, params: RowParams, history: TokenHistory | None, bias: LogitBias | None
 ) -> Tensor:
-    """The same in plain torch."""
-    logits = logits.float()  # [B, V]
+    """The same in plain torch, a row at a time: what a row needs differs, and it fits the cache."""
+    logits = logits.to(torch.float32, copy=history is not None or bias is not None)  # [B, V]
     if history is not None:
-        logits = penalize(logits, params, history)
+        penalize(logits, params, history)
     if bias is not None:
         logits = add_bias(logits, bias)
-    greedy = params.temperature == 0  # [B]
-    if bool(greedy.all()):
-        return logits.argmax(dim=-1)
-    temperature = torch.where(greedy, 1.0, params.temperature)
-    scaled = logits / temperature.unsqueeze(1)  # [B, V]
+    tokens = logits.argmax(dim=-1)  # [B]
+    temperature: list[float] = params.temperature.tolist()
+    top_k: list[int] = params.top_k.tolist()
+    top_p: list[float] = params.top_p.tolist()
+    min_p: list[float] = params.min_p.tolist()
+    counters = zip(
+        params.seed.tolist(), params.choice.tolist(), params.position.tolist(), strict=True
+    )
+    for row, (seed, choice, position) in enumerate(counters):
+        if temperature[row] > 0:
+            values = logits[row] / temperature[row]  # [V]
+            ids = torch.arange(values.shape[0], dtype=torch.int32)
+            if top_k[row] > 0 or top_p[row] < 1 or min_p[row] > 0:
+                values, ids = cut(values, top_k[row], top_p[row], min_p[row])
+            noisy = gumbel(noise_key(seed, choice, position), ids).add_(values)
+            tokens[row] = ids[noisy.argmax()]
+    return tokens
 
-    threshold = cut(scaled, params)  # [B, 1]
-    keys = noise_keys(params.seed, params.choice, params.position).unsqueeze(1)  # [B, 1]
-    index = torch.arange(logits.shape[1], dtype=torch.int32).unsqueeze(0)  # [1, V]
-    noisy = scaled + gumbel(keys, index)
-    noisy.masked_fill_(scaled < threshold, -math.inf)
-    drawn = noisy.argmax(dim=-1)
-    return torch.where(greedy, logits.argmax(dim=-1), drawn) if bool(greedy.any()) else drawn
 
-
-def penalize(logits: Tensor, params: RowParams, history: TokenHistory) -> Tensor:
-    """Repetition, presence and frequency penalties, in a new tensor.
+def penalize(logits: Tensor, params: RowParams, history: TokenHistory) -> None:
+    """Repetition, presence and frequency penalties, in place on ``logits[B, V]`` fp32.
 
     Repetition (Keskar et al., 2019) looks at prompt and output, the other two (OpenAI's) at
     the output only.
     """
-    tokens = history.token_ids.index_select(0, history.slots).long()  # [B, max_context]
-    at = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-    used = at < history.total_lens.unsqueeze(1)
-    output = used & (at >= history.prompt_lens.unsqueeze(1))
-    tokens = tokens.where(used, 0)  # past the end the buffer holds anything
-    seen = torch.zeros_like(logits).scatter_add_(1, tokens, used.to(logits.dtype))
-    counts = torch.zeros_like(logits).scatter_add_(1, tokens, output.to(logits.dtype))
-
-    factor = params.repetition_penalty.unsqueeze(1).where(seen > 0, 1.0)
-    logits = torch.where(logits > 0, logits / factor, logits * factor)
-    logits -= params.frequency_penalty.unsqueeze(1) * counts
-    logits -= params.presence_penalty.unsqueeze(1) * (counts > 0)
-    return logits
-
-
-def cut(scaled: Tensor, params: RowParams) -> Tensor:
-    """The value ``[B, 1]`` that an entry of ``scaled[B, V]`` must reach to be drawn."""
-    size = scaled.shape[1]
-    threshold = torch.full((scaled.shape[0], 1), -math.inf)
-    has_k = (params.top_k > 0) & (params.top_k < size)
-    has_p = params.top_p < 1
-    has_min_p = params.min_p > 0
-    if not bool((has_k | has_p | has_min_p).any()):
-        return threshold
-
-    wanted = max(int(params.top_k.where(has_k, 0).max()), 1)
-    if bool(has_p.any()):
-        wanted = max(wanted, min(TOP_P_CANDIDATES, size))
-    top = scaled.topk(wanted, dim=-1).values  # [B, wanted], falling
-    if bool(has_k.any()):
-        kth = top.gather(1, params.top_k.where(has_k, 1).long().unsqueeze(1) - 1)
-        threshold = kth.where(has_k.unsqueeze(1), threshold)
-    if bool(has_p.any()):
-        weights = (scaled - top[:, :1]).exp_().masked_fill_(scaled < threshold, 0)
-        mass = params.top_p.unsqueeze(1) * weights.sum(dim=-1, keepdim=True)  # [B, 1]
-        nucleus = nucleus_threshold(top, threshold, mass)
-        if bool((has_p & nucleus.isnan().squeeze(1)).any()):
-            everything = scaled.sort(dim=-1, descending=True).values
-            nucleus = nucleus_threshold(everything, threshold, mass)
-        threshold = nucleus.where(has_p.unsqueeze(1), threshold)
-    if bool(has_min_p.any()):
-        floor = top[:, :1] + params.min_p.log().unsqueeze(1)  # log 0 = -inf: off
-        threshold = torch.maximum(threshold, floor)
-    return threshold
+    repetition: list[float] = params.repetition_penalty.tolist()
+    presence: list[float] = params.presence_penalty.tolist()
+    frequency: list[float] = params.frequency_penalty.tolist()
+    slots: list[int] = history.slots.tolist()
+    prompt_lens: list[int] = history.prompt_lens.tolist()
+    total_lens: list[int] = history.total_lens.tolist()
+    for row, slot in enumerate(slots):
+        if repetition[row] != 1:
+            seen = history.token_ids[slot, : total_lens[row]].unique().long()
+            old = logits[row, seen]
+            new = torch.where(old > 0, old / repetition[row], old * repetition[row])
+            logits[row, seen] = new
+        if presence[row] != 0 or frequency[row] != 0:
+            output = history.token_ids[slot, prompt_lens[row] : total_lens[row]]
+            used, counts = output.unique(return_counts=True)
+            logits[row, used.long()] -= frequency[row] * counts + presence[row]
 
 
-def nucleus_threshold(top: Tensor, threshold: Tensor, mass: Tensor) -> Tensor:
-    """The smallest value with less than ``mass`` strictly above it; NaN where it lies past ``top``.
+def cut(values: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
+    """What the cuts leave of ``values[V]``: ``(values[n], ids[n] int32)``, falling.
 
-    ``top[B, n]`` are the largest values, falling; ``threshold, mass[B, 1]``; the mass is
-    relative to ``exp(top[:, 0])``.
+    Works on the largest values, and on more of them only where those do not reach below the
+    threshold.
     """
-    weights = (top - top[:, :1]).exp().masked_fill_(top < threshold, 0)
-    upto = weights.cumsum(dim=-1)  # [B, n]
-    reached = upto >= mass
-    # The first entry at which the mass is reached still belongs to the nucleus.
-    last = reached.to(torch.uint8).argmax(dim=-1, keepdim=True)  # [B, 1]
-    value = top.gather(1, last)
-    return value.where(reached.any(dim=-1, keepdim=True), math.nan)
+    size = values.shape[0]
+    total = None if top_k > 0 else (values - values.max()).exp_().sum()
+    for number in (CANDIDATES, 16 * CANDIDATES, size):
+        number = min(max(number, top_k + 1), size)
+        top, ids = values.topk(number)  # [number] each
+        threshold = find_threshold(top, total, top_k, top_p, min_p)
+        if number == size or threshold > top[-1]:
+            break
+    kept = top >= threshold
+    return top[kept], ids[kept].to(torch.int32)
+
+
+def find_threshold(
+    top: Tensor, total: Tensor | None, top_k: int, top_p: float, min_p: float
+) -> Tensor:
+    """The least value to keep, as far as ``top[n]``, the largest values, falling, can tell.
+
+    ``total`` is the mass of all values relative to ``exp(top[0])``, None with ``top_k``.
+    """
+    threshold = top[min(top_k, top.shape[0]) - 1]  # with top_k 0 the last one
+    if top_p < 1:
+        mass = (top - top[0]).exp_().masked_fill_(top < threshold, 0).cumsum(dim=0)  # [n]
+        # The entry at which the mass is reached still belongs to the nucleus.
+        reached = mass < top_p * (mass[-1] if total is None else total)
+        last = min(int(reached.sum()), top.shape[0] - 1)
+        threshold = torch.maximum(threshold, top[last])
+    if min_p > 0:
+        threshold = torch.maximum(threshold, top[0] + math.log(min_p))
+    return threshold
