@@ -83,12 +83,17 @@ class Sender:
         return [*self._connect(link, now), Send(link.address, Starting(transfer.key, num_tokens))]
 
     def offer(self, attempt: Attempt, blocks: Sequence[int], now: float) -> list[SenderEffect]:
-        """``blocks``: P's pool blocks of all prompt blocks complete so far, in prompt order."""
+        """``blocks``: P's pool blocks of all prompt blocks complete so far, in prompt order.
+
+        Until they leave they may become fewer, or others: P has dropped or recomputed them.
+        """
         found = self._find(attempt)
         if found is None:
             return []
         link, transfer = found
-        assert len(transfer.offered) <= len(blocks) <= transfer.num_blocks, (attempt, len(blocks))
+        assert len(blocks) <= transfer.num_blocks, (attempt, len(blocks))
+        left = slice(transfer.first_block or 0, transfer.next_block)
+        assert tuple(blocks[left]) == transfer.offered[left], f"{attempt}: blocks that left"
         transfer.offered = tuple(blocks)
         return self._pump(link, now)
 
