@@ -1,0 +1,66 @@
+"""A role as a budget: how much of each phase one step may hold. All defaults are here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..core.config import PoolSection
+from ..core.ids import Role
+from ..core.plan import EngineLimits
+
+
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    chunk_tokens: dict[Role, int]
+    max_batch: int
+    prompt_slots: int
+
+
+# A decode worker's chunks are small: each delays a token of every stream in its batch.
+_ON_CPU = _Defaults({Role.PREFILL: 512, Role.DECODE: 128, Role.MIXED: 512}, 32, 8)
+_ON_GPU = _Defaults({Role.PREFILL: 2048, Role.DECODE: 256, Role.MIXED: 2048}, 256, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """``chunk_tokens`` new prompt tokens a step, beside a row for each of at most ``max_batch``
+    running sequences; ``prompt_slots`` prompts may be computed at once besides.
+
+    ``growth_tokens`` is how far ahead memory is kept for running sequences (see
+    ``decode.phase``).
+    """
+
+    chunk_tokens: int
+    max_batch: int
+    prompt_slots: int
+    growth_tokens: int = 128
+
+    @staticmethod
+    def of(role: Role, pool: PoolSection, *, on_gpu: bool) -> Budget:
+        """What the deployment file says of this pool, or its role's default."""
+        default = _ON_GPU if on_gpu else _ON_CPU
+        chunk_tokens = default.chunk_tokens[role]
+        return Budget(
+            chunk_tokens if pool.chunk_tokens == "auto" else pool.chunk_tokens,
+            default.max_batch if pool.max_batch == "auto" else pool.max_batch,
+            default.prompt_slots,
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """The slots that an engine needs for it."""
+        return self.max_batch + self.prompt_slots
+
+    @property
+    def max_step_tokens(self) -> int:
+        """The largest step that it can lead to."""
+        return self.max_batch + self.chunk_tokens
+
+    def within(self, limits: EngineLimits) -> Budget:
+        """Cut to what the engine can take, with a slot and a token a step left for prompts."""
+        assert limits.max_slots >= 2 and limits.max_step_tokens >= 2, limits
+        return replace(
+            self,
+            chunk_tokens=min(self.chunk_tokens, limits.max_step_tokens - 1),
+            max_batch=min(self.max_batch, limits.max_slots - 1, limits.max_step_tokens - 1),
+        )

@@ -1,0 +1,33 @@
+"""What the worker core asks of the threads and sockets around it, to be done in order.
+
+``Tell`` goes to the router. ``ZeroTail`` comes before the chunk that it matters for. The
+others are the transfer protocol's, see ``kvtransfer.effects``: each ``SendChunk`` is
+answered by ``sent``, each ``Write`` by ``written``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ..core.messages import ToRouter
+from ..kvtransfer.effects import Send, SendChunk, Write
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """One message to the router."""
+
+    message: ToRouter
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroTail:
+    """Zero a block of this worker's pool past its first ``num_tokens`` tokens: it is about to
+    leave the house, and what lay there before is nobody's business."""
+
+    block: int
+    num_tokens: int
+
+
+Effect: TypeAlias = Tell | ZeroTail | Send | SendChunk | Write
