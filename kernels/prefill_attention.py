@@ -1,10 +1,15 @@
 """Causal attention of a ragged batch of prompt chunks over the paged KV cache.
 
 Each row's new tokens are the last of its context; what came before them (earlier chunks,
-cached prefixes) lies in the row's blocks, and so do the new tokens themselves.
+cached prefixes) lies in the row's blocks, and so do the new tokens themselves. As in
+``decode_attention``, what every layer needs is worked out once a step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,83 +18,75 @@ from torch.nn import functional
 from .decode_attention import gather_kv
 
 
-def prefill_attention(
-    q: Tensor,
-    kv_layer: Tensor,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    context_lens: Tensor,
-    max_q: int,
-    scale: float,
-    *,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-) -> Tensor:
-    """Returns ``[T, Hq, D]``.
+@dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """One step's chunks; a row has one new token or more."""
 
-    - ``q[T, Hq, D]``: the rows' new tokens, one row after the other.
-    - ``kv_layer[num_blocks, 2, Hkv, block_size, D]``: one layer of the pool, any strides.
-    - ``block_tables[B, max_blocks]`` int32.
-    - ``cu_seqlens_q[B + 1]`` int32: where each row starts in ``q``; the last entry is ``T``.
-    - ``context_lens[B]`` int32: prefix + new tokens of each row.
-    - ``max_q``: the longest row's number of new tokens.
-    - ``k, v[T, Hkv, D]``: the new tokens' keys and values. Given only where *no* row has a
-      prefix: then the cache need not be read.
+    block_tables: Tensor  # [B, max_blocks] int32; entries past the context are not read
+    new_lens: tuple[int, ...]  # [B]
+    context_lens: tuple[int, ...]  # [B] prefix + new tokens
+    q_starts: tuple[int, ...]  # [B + 1] where each row starts in q; the last is T
+    bounds: Tensor  # [2, B + 1] int32: q_starts, and running sums of context_lens
+
+    @classmethod
+    def create(
+        cls, block_tables: Tensor, new_lens: Sequence[int], context_lens: Sequence[int]
+    ) -> PrefillBatch:
+        """``block_tables[B, max_blocks]`` int32 on the device that computes; ``B`` >= 1."""
+        q_starts = tuple(accumulate(new_lens, initial=0))
+        bounds = torch.tensor(
+            (q_starts, tuple(accumulate(context_lens, initial=0))), dtype=torch.int32
+        )
+        if block_tables.is_cuda:
+            bounds = bounds.pin_memory().to(block_tables.device, non_blocking=True)
+        return cls(block_tables, tuple(new_lens), tuple(context_lens), q_starts, bounds)
+
+    @property
+    def has_prefix(self) -> bool:
+        return self.new_lens != self.context_lens
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_layer: Tensor, scale: float, batch: PrefillBatch
+) -> Tensor:
+    """Returns ``[T, Hq, D]``, dense.
+
+    - ``q[T, Hq, D]``, ``k, v[T, Hkv, D]``: the rows' new tokens, one row after the other; any
+      strides, the last dimension dense.
+    - ``kv_layer[num_blocks, 2, Hkv, block_size, D]``: one layer of the pool, any strides (the
+      last dimension dense). The new tokens' keys and values are in it already.
     """
     if q.is_cuda:
         from .gpu.prefill_attention import prefill_attention as launch
 
-        return launch(q, kv_layer, block_tables, cu_seqlens_q, context_lens, max_q, scale, k=k, v=v)
-    return prefill_attention_reference(
-        q, kv_layer, block_tables, cu_seqlens_q, context_lens, scale, k=k, v=v
-    )
+        return launch(q, k, v, kv_layer, scale, batch)
+    return prefill_attention_reference(q, k, v, kv_layer, scale, batch)
 
 
 def prefill_attention_reference(
-    q: Tensor,
-    kv_layer: Tensor,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    *,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, kv_layer: Tensor, scale: float, batch: PrefillBatch
 ) -> Tensor:
     """The same in plain torch, a row at a time."""
+    block_size = kv_layer.shape[3]
     out = torch.empty(q.shape, dtype=q.dtype)  # [T, Hq, D]
-    starts: list[int] = cu_seqlens_q.tolist()
-    lengths: list[int] = context_lens.tolist()
-    for row, length in enumerate(lengths):
-        start, end = starts[row], starts[row + 1]
-        if start == end:
-            continue
-        if k is not None and v is not None:
-            row_k, row_v = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
+    for row, (num_new, length) in enumerate(zip(batch.new_lens, batch.context_lens, strict=True)):
+        mine = slice(batch.q_starts[row], batch.q_starts[row + 1])
+        if num_new == length:
+            row_k = k[mine].transpose(0, 1)[None]  # [1, Hkv, length, D]
+            row_v = v[mine].transpose(0, 1)[None]
+            mask = None
         else:
-            blocks = block_tables[row, : -(-length // kv_layer.shape[3])].long()
-            row_k, row_v = gather_kv(kv_layer, blocks, 1, length)  # [1, Hkv, length, D]
-            row_k, row_v = row_k[0], row_v[0]
-        out[start:end] = _causal(q[start:end].transpose(0, 1), row_k, row_v, scale)
+            blocks = batch.block_tables[row, : -(-length // block_size)].long()
+            row_k, row_v = gather_kv(kv_layer, blocks, 1, length)
+            mask = torch.ones(num_new, length, dtype=torch.bool).tril_(length - num_new)
+        attended = functional.scaled_dot_product_attention(
+            q[mine].transpose(0, 1)[None],  # [1, Hq, num_new, D]
+            row_k,
+            row_v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[mine] = attended[0].transpose(0, 1)
     return out
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``q[Hq, n, D]`` are the last n of the ``length`` positions of ``k, v[Hkv, length, D]``.
-
-    Returns ``[n, Hq, D]``.
-    """
-    num_new, length = q.shape[1], k.shape[1]
-    mask = None
-    if 1 < num_new < length:
-        mask = torch.ones(num_new, length, dtype=torch.bool).tril(length - num_new)
-    out = functional.scaled_dot_product_attention(
-        q[None],
-        k[None],
-        v[None],
-        attn_mask=mask,
-        is_causal=num_new == length,
-        scale=scale,
-        enable_gqa=True,
-    )
-    return out[0].transpose(0, 1)
