@@ -32,12 +32,15 @@ class Send:
 class SendChunk:
     """The bytes of these blocks of P's pool behind ``message``, whose checksums the rim fills in.
 
-    ``blocks[i]`` is block ``message.first_block + i`` of the prompt.
+    ``blocks[i]`` is block ``message.first_block + i`` of the prompt. Where ``tail_tokens`` is
+    not 0, the last of them holds only so many tokens: the rim zeroes it past those before it
+    reads, for what lay there before is nobody's business.
     """
 
     peer: PeerAddress
     message: Chunk
     blocks: tuple[int, ...]
+    tail_tokens: int = 0
 
     @property
     def attempt(self) -> Attempt:

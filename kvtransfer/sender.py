@@ -21,6 +21,7 @@ from ..core.ids import Attempt, WorkerRef
 from ..core.messages import FailureKind, Key, PeerAddress, TokenItem
 from .effects import Granted, Released, Send, SendChunk, SenderEffect, SendFailed
 from .handshake import Handshake
+from .leases import overdue
 from .messages import (
     Accepted,
     Ack,
@@ -293,12 +294,14 @@ class Sender:
                     effects += commit
         return effects
 
-    @staticmethod
     def _send_chunk(
-        link: OutgoingLink, transfer: OutgoingTransfer, first: int, count: int
+        self, link: OutgoingLink, transfer: OutgoingTransfer, first: int, count: int
     ) -> SendChunk:
         chunk = Chunk(transfer.key, first, count)
-        return SendChunk(link.address, chunk, transfer.offered[first : first + count])
+        ends_here = first + count == transfer.num_blocks
+        tail_tokens = transfer.num_tokens % self._settings.block_size if ends_here else 0
+        blocks = transfer.offered[first : first + count]
+        return SendChunk(link.address, chunk, blocks, tail_tokens)
 
     @staticmethod
     def _say_commit(link: OutgoingLink, transfer: OutgoingTransfer) -> list[SenderEffect]:
@@ -343,11 +346,8 @@ class Sender:
                 f"{peer} did not answer at {link.address.endpoint} within {lease_s:g} s: "
                 f"unreachable, or it refuses this worker's key or token"
             )
-        elif now - link.heard_at >= lease_s:
-            kind, text = FailureKind.PEER_LOST, f"{peer} was not heard of for {lease_s:g} s"
         else:
-            kind = FailureKind.DROPPED
-            text = f"{peer} has not listed the transfer for {lease_s:g} s"
+            kind, text = overdue(peer, link.heard_at, now, lease_s)
         return self._give_up(link, transfer, kind, text, now)
 
     def _give_up(

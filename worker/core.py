@@ -68,7 +68,7 @@ from ..prefill.phase import Chunk, PrefillPhase
 from ..prefill.prompt import Prompt, PromptKind
 from .attempts import Attempts
 from .budget import Budget
-from .effects import Effect, Tell, ZeroTail
+from .effects import Effect, Tell
 
 TICK_S = 0.25  # how often ``tick`` wants to be called, at the least
 
@@ -453,9 +453,6 @@ class WorkerCore:
         if prompt.token.finish is not None:
             self._end(attempt, "its first token was its last", now)
             return
-        tail = seq.num_tokens % self._cache.block_size
-        if tail:
-            self._out.append(ZeroTail(seq.block_table[-1], tail))
         self._absorb(self._sender.offer(attempt, seq.block_table, now), now)
         self._absorb(self._sender.commit(attempt, prompt.token, now), now)
 

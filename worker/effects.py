@@ -1,8 +1,8 @@
 """What the worker core asks of the threads and sockets around it, to be done in order.
 
-``Tell`` goes to the router. ``ZeroTail`` comes before the chunk that it matters for. The
-others are the transfer protocol's, see ``kvtransfer.effects``: each ``SendChunk`` is
-answered by ``sent``, each ``Write`` by ``written``.
+``Tell`` goes to the router. The others are the transfer protocol's, see
+``kvtransfer.effects``: each ``SendChunk`` is answered by ``sent``, each ``Write`` by
+``written``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,4 @@ class Tell:
     message: ToRouter
 
 
-@dataclass(frozen=True, slots=True)
-class ZeroTail:
-    """Zero a block of this worker's pool past its first ``num_tokens`` tokens: it is about to
-    leave the house, and what lay there before is nobody's business."""
-
-    block: int
-    num_tokens: int
-
-
-Effect: TypeAlias = Tell | ZeroTail | Send | SendChunk | Write
+Effect: TypeAlias = Tell | Send | SendChunk | Write

@@ -274,6 +274,8 @@ class KvSockets:
         if isinstance(effect, Send):
             line.socket.send(TO_RECEIVER.encode(cast(ToReceiver, effect.message)), zmq.NOBLOCK)
             return
+        if effect.tail_tokens:
+            self._pool.zero_tail(effect.blocks[-1], effect.tail_tokens)
         blocks = self._pool.read(effect.blocks)
         message = effect.message
         if self._checksums:
