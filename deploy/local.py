@@ -13,14 +13,15 @@ nothing of the run folder outlives it but by such a kill; the next start sweeps 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
-import os
 import shlex
 import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from ..core import config
 from ..core.card import ModelCard
@@ -28,7 +29,8 @@ from ..core.config import Deployment
 from ..core.errors import ConfigError, StartupError
 from . import fetch
 from .backoff import RestartPolicy
-from .child import Child, Command, describe_exit
+from .child import Child, describe_exit
+from .commands import ROUTER, RunFiles
 from .devices import Devices
 from .placement import WorkerSpec, place
 from .rundir import RunDir
@@ -36,26 +38,23 @@ from .supervisor import Stage, Supervisor
 
 log = logging.getLogger(__name__)
 
-PROGRAM = (sys.executable, "-P", "-m", "pdserve.cli")
-
 START_LIMIT_S = 1800.0  # for weights to be converted, and again for them to be loaded
 ROUTER_DRAIN_S = 40.0  # it bounds its own draining below that
 WORKER_DRAIN_S = 10.0
 _POLL_S = 0.1
-_ROUTER = "router"
 
 T = TypeVar("T")
 
 
-def serve(deployment: Deployment, program: tuple[str, ...] = PROGRAM) -> int:
+def serve(deployment: Deployment) -> int:
     """Brings the deployment up and keeps it until a signal: the exit code.
 
     Raises ConfigError or StartupError, with everything taken down, where it can't.
     """
-    return asyncio.run(_serve(deployment, program))
+    return asyncio.run(_serve(deployment))
 
 
-async def _serve(deployment: Deployment, program: tuple[str, ...]) -> int:
+async def _serve(deployment: Deployment) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -66,9 +65,11 @@ async def _serve(deployment: Deployment, program: tuple[str, ...]) -> int:
         loop.add_signal_handler(number, on_signal)
     run_dir = RunDir.create()
     try:
-        launch = _Launch(deployment, run_dir.path, program)
+        launch = _Launch(deployment, run_dir.path)
         try:
-            if await _unless(stop, launch.up()) is not None:
+            greeting = await _unless(stop, launch.up())
+            if greeting is not None:
+                _write(greeting, sys.stdout)
                 await stop.wait()
                 log.info("draining; once more to end at once")
         finally:
@@ -93,127 +94,107 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
 class _Launch:
     """One deployment being brought up and taken down."""
 
-    def __init__(self, deployment: Deployment, run_dir: Path, program: tuple[str, ...]) -> None:
+    def __init__(self, deployment: Deployment, run_dir: Path) -> None:
         self._deployment = deployment
-        self._run_dir = run_dir
-        self._program = program
-        self._file = run_dir / "deployment.json"
-        self._card = run_dir / "card.json"
-        self._devices = run_dir / "devices.json"
+        self._files = RunFiles(run_dir)
         self._workers: tuple[WorkerSpec, ...] = ()
         self._supervisor = Supervisor(_emit, RestartPolicy())
 
     async def up(self) -> str:
-        """Returns the URL when the deployment takes requests."""
-        config.save(self._deployment, self._file)
+        """Returns what to tell the user once the deployment takes requests."""
+        config.save(self._deployment, self._files.deployment)
         await self._prepare()
-        self._workers = place(self._deployment.pools, Devices.read(self._devices))
-        self._supervisor.keep(self._command(_ROUTER, "router", *self._common()))
+        self._workers = place(self._deployment.pools, Devices.read(self._files.devices))
         for spec in self._workers:
-            self._supervisor.keep(self._worker(spec))
+            log.info("starting %s on %s", spec.worker_id, spec.device)
+        self._supervisor.keep(self._files.router())
+        for spec in self._workers:
+            self._supervisor.keep(self._files.worker(spec))
         failure = asyncio.create_task(self._supervisor.failed())
         ready = asyncio.create_task(self._ready())
+        either: tuple[asyncio.Task[Any], ...] = (failure, ready)
         try:
-            await asyncio.wait(
-                {failure, ready}, timeout=START_LIMIT_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait(either, timeout=START_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
             if failure.done():
                 raise failure.result()
             if not ready.done():
                 raise StartupError(f"not ready within {START_LIMIT_S:.0f} s; see the lines above")
-            url = ready.result()
+            host, port = ready.result()
         finally:
-            failure.cancel()
-            ready.cancel()
+            for task in either:
+                task.cancel()
         self._supervisor.settle()
-        print(self._greeting(url), flush=True)
-        return url
+        # A router that is started again must come back where its clients look for it.
+        router = self._deployment.router.model_copy(update={"port": port})
+        config.save(self._deployment.model_copy(update={"router": router}), self._files.deployment)
+        return greeting(ModelCard.read(self._files.card), f"http://{host}:{port}")
 
     async def down(self, hurry: asyncio.Event) -> None:
         stages = (
-            Stage((_ROUTER,), ROUTER_DRAIN_S),
+            Stage((ROUTER,), ROUTER_DRAIN_S),
             Stage(tuple(spec.worker_id for spec in self._workers), WORKER_DRAIN_S),
         )
         await self._supervisor.stop(stages, hurry)
 
     async def _prepare(self) -> None:
-        out = ("--card", str(self._card), "--devices", str(self._devices))
-        child = Child(self._command("prepare", "prepare", str(self._file), *out), _emit)
+        child = Child(self._files.prepare(), _emit)
         try:
             code = await asyncio.wait_for(child.wait(), START_LIMIT_S)
         except TimeoutError:
-            raise StartupError(
-                f"the weights were not prepared within {START_LIMIT_S:.0f} s"
-            ) from None
+            text = f"the weights were not prepared within {START_LIMIT_S:.0f} s"
+            raise StartupError(text) from None
         finally:
             child.kill()
             await child.wait()
+        if child.sentence is not None:
+            raise (ConfigError if code == 2 else StartupError)(child.sentence)
         if code != 0:
-            words = child.sentence or f"preparing the weights failed: {child.last_words}"
-            if child.sentence is None:
-                words = f"{words or 'no words'} ({describe_exit(code)})"
-            raise ConfigError(words) if code == 2 else StartupError(words)
+            words = f": {child.last_words}" if child.last_words else ""
+            raise StartupError(f"preparing the weights failed ({describe_exit(code)}){words}")
 
-    async def _ready(self) -> str:
-        """Waits until the router says that it can serve; its URL."""
-        written = self._run_dir / "http.json"
+    async def _ready(self) -> tuple[str, int]:
+        """Waits until the router says that it can serve; its host and port."""
         while True:
-            if written.exists():
-                url = written.read_text()
-                try:
-                    status, _ = await asyncio.to_thread(fetch.get_json, f"{url}/ready", 2.0)
-                except fetch.Unreachable:
-                    status = 0
-                if status == 200:
-                    return url
+            if self._files.http.exists():
+                found = json.loads(self._files.http.read_bytes())
+                host, port = reachable(found["host"]), int(found["port"])
+                with contextlib.suppress(fetch.Unreachable):
+                    url = f"http://{host}:{port}/ready"
+                    if (await asyncio.to_thread(fetch.get_json, url, 2.0))[0] == 200:
+                        return host, port
             await asyncio.sleep(_POLL_S)
 
-    def _command(self, name: str, *arguments: str, threads: int | None = None) -> Command:
-        env = {"PYTHONUNBUFFERED": "1"}
-        if threads is not None:
-            env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        argv = (*self._program, *arguments, "--parent", str(os.getpid()))
-        return Command(name, argv, env)
 
-    def _common(self) -> tuple[str, ...]:
-        return (str(self._file), "--card", str(self._card), "--run-dir", str(self._run_dir))
+def reachable(host: str) -> str:
+    """``host`` as a client on this machine writes it in a URL: no wildcard, IPv6 in brackets."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
-    def _worker(self, spec: WorkerSpec) -> Command:
-        return self._command(
-            spec.worker_id,
-            "worker",
-            *self._common(),
-            *("--role", spec.role.value),
-            *("--id", spec.worker_id),
-            *("--join", f"ipc://{self._run_dir}/control.sock"),
-            *("--device", spec.device),
-            *("--memory-share", str(spec.memory_share)),
-            *("--threads", str(spec.num_threads)),
-            threads=spec.num_threads,
-        )
 
-    def _greeting(self, url: str) -> str:
-        """What is up, and a line to paste."""
-        card = ModelCard.read(self._card)
-        pools = self._deployment.pools
-        counts = {"prefill": pools.prefill, "decode": pools.decode, "mixed": pools.mixed}
-        workers = ", ".join(
-            f"{pool.workers} {name}" for name, pool in counts.items() if pool.workers
-        )
-        body = (
-            f'{{"model": "{card.name}", "max_tokens": 64, '
-            f'"messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
-        )
-        return (
-            f"pdserve is ready: {url} ({card.name}; {workers})\n"
-            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
-            f"-d {shlex.quote(body)}"
-        )
+def greeting(card: ModelCard, url: str) -> str:
+    """What is up, and a first request to paste: a chat where the model knows one."""
+    folder = Path(card.folder)
+    settings = folder / "tokenizer_config.json"
+    chat = (folder / "chat_template.jinja").exists() or (
+        settings.exists() and "chat_template" in json.loads(settings.read_bytes())
+    )
+    body: dict[str, object] = {"model": card.name, "max_tokens": 64}
+    if chat:
+        body["messages"] = [{"role": "user", "content": "Why is the sky blue?"}]
+    else:
+        body["prompt"] = "The sky is blue because"
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    return (
+        f"pdserve is ready: {url} (model {card.name})\n"
+        f"  curl {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    )
 
 
 def _emit(line: str) -> None:
     """A child's line, to where our own log goes."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it any more: no reason to stop serving
-        return
+    _write(line, sys.stderr)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stop serving
+        print(text, file=stream, flush=True)

@@ -1,0 +1,217 @@
+"""The command ``pdserve``. A room is imported by the command that needs it: most need no torch."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .core import config, logs
+from .core.config import Deployment, EngineKind
+from .core.errors import ConfigError, PdserveError
+from .core.ids import Role
+from .core.orphans import die_with_parent
+
+Run = Callable[[argparse.Namespace], int]
+
+_DEFAULT_URL = "http://127.0.0.1:8000"
+_EXAMPLES = """examples:
+  pdserve serve configs/smollm2.yaml
+  pdserve serve configs/smollm2.yaml --port 8080 --set pools.decode.workers=2
+  pdserve check configs/two-hosts.yaml
+  pdserve status
+  pdserve keys new ./keys
+  pdserve worker --role decode --join tcp://192.168.1.10:8100 configs/two-hosts.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 (can't), 2 (wrong use or file), 130 (interrupted)."""
+    arguments = _parser().parse_args(argv)
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent)
+    run: Run = arguments.run
+    try:
+        return run(arguments)
+    except PdserveError as error:
+        print(f"pdserve: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pdserve",
+        description="Serves a language model from two pools of workers: prefill and decode.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(parent=None)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, run: Run, about: str | None = None) -> argparse.ArgumentParser:
+        """Without a text it is not listed."""
+        made = commands.add_parser(name, help=about) if about else commands.add_parser(name)
+        made.set_defaults(run=run)
+        return made
+
+    serve = command("serve", _serve, "bring a deployment up and keep it until Ctrl-C")
+    _takes_file(serve)
+    serve.add_argument("--port", type=int, metavar="N", help="the same as --set router.port=N")
+
+    check = command("check", _check, "say whether a deployment file is right")
+    _takes_file(check)
+
+    worker = command("worker", _worker, "run one worker that joins a router elsewhere")
+    _takes_file(worker)
+    worker.add_argument("--role", required=True, choices=[role.value for role in Role])
+    worker.add_argument(
+        "--join", required=True, metavar="ENDPOINT", help="the router's, tcp://HOST:PORT"
+    )
+    worker.add_argument("--id", metavar="NAME", help="unique among the workers; default: a new one")
+    worker.add_argument("--device", default="auto", metavar="D", help="cpu, cuda:N, default auto")
+
+    status = command("status", _status, "list the pools and workers of a running deployment")
+    status.add_argument("url", nargs="?", default=_DEFAULT_URL, help=f"default {_DEFAULT_URL}")
+
+    keys = command("keys", _keys, "make the keys that hosts of one deployment share")
+    keys.add_argument("action", choices=["new"])
+    keys.add_argument("folder", type=Path, metavar="DIR")
+
+    bench = command("bench", _bench, "measure: see `pdserve bench engine --help`")
+    bench.add_argument("what", choices=["engine"])
+    bench.add_argument("options", nargs=argparse.REMAINDER)
+
+    # What `serve` starts. They take the resolved file of its run folder.
+    prepare = command("prepare", _prepare)
+    _takes_file(prepare)
+    prepare.add_argument("--devices", type=Path, required=True)
+    router = command("router", _router)
+    _takes_file(router)
+    router.add_argument("--run-dir", type=Path, required=True)
+    for child in (prepare, router):
+        child.add_argument("--card", type=Path, required=True)
+    hidden = argparse.SUPPRESS
+    worker.add_argument("--card", type=Path, help=hidden)
+    worker.add_argument("--run-dir", type=Path, help=hidden)
+    worker.add_argument("--memory-share", type=float, default=1.0, help=hidden)
+    worker.add_argument("--threads", type=int, help=hidden)
+    for child in (prepare, router, worker):
+        child.add_argument("--parent", type=int, help=hidden)
+    return parser
+
+
+def _takes_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a deployment, YAML")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="change one key of the file, such as pools.decode.workers=2; may be repeated",
+    )
+
+
+def _deployment(arguments: argparse.Namespace) -> Deployment:
+    return config.load(arguments.file, arguments.overrides)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from .deploy import local
+
+    if arguments.port is not None:
+        arguments.overrides.append(f"router.port={arguments.port}")
+    deployment = _deployment(arguments)
+    logs.setup()
+    return local.serve(deployment)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from .core.keys import require_safe_bind
+
+    deployment = _deployment(arguments)
+    if deployment.router.control is not None:
+        require_safe_bind(deployment.router.control, deployment.security)
+    pools = deployment.pools
+    print(
+        f"{arguments.file}: right: {deployment.model.path} on {pools.prefill.workers} prefill, "
+        f"{pools.decode.workers} decode, {pools.mixed.workers} mixed"
+    )
+    return 0
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from .core.card import ModelCard
+    from .deploy.devices import usable_cores
+    from .worker import process
+
+    deployment = _deployment(arguments)
+    logs.setup()
+    if arguments.card is not None:
+        card = ModelCard.read(arguments.card)
+    else:  # on a host of its own
+        from .engine.prepare import prepare
+
+        card = prepare(deployment.model)
+    role = Role(arguments.role)
+    return process.run(
+        deployment,
+        card,
+        role=role,
+        worker_id=arguments.id or f"{role}-{socket.gethostname()[:64]}-{secrets.token_hex(4)}",
+        join=arguments.join,
+        run_dir=arguments.run_dir,
+        device=arguments.device,
+        memory_share=arguments.memory_share,
+        num_threads=arguments.threads or usable_cores(),
+    )
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from .deploy.devices import Devices, usable_cores
+    from .engine.prepare import count_gpus, prepare
+
+    deployment = _deployment(arguments)
+    logs.setup()
+    prepare(deployment.model).save(arguments.card)
+    simulated = deployment.engine is EngineKind.SIMULATED
+    Devices(0 if simulated else count_gpus(), usable_cores()).save(arguments.devices)
+    return 0
+
+
+def _router(arguments: argparse.Namespace) -> int:
+    from .core.card import ModelCard
+    from .router import process
+
+    deployment = _deployment(arguments)
+    logs.setup()
+    return process.run(deployment, ModelCard.read(arguments.card), arguments.run_dir)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from .deploy.status import cluster_table
+
+    print(cluster_table(arguments.url))
+    return 0
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from .core.keys import new_keys
+
+    print(f"{new_keys(arguments.folder)}: copy the folder to each host; who has it is a member")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import engine
+
+    return engine.main(arguments.options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
