@@ -97,7 +97,6 @@ def _parser() -> argparse.ArgumentParser:
         child.add_argument("--card", type=Path, required=True)
     hidden = argparse.SUPPRESS
     worker.add_argument("--card", type=Path, help=hidden)
-    worker.add_argument("--run-dir", type=Path, help=hidden)
     worker.add_argument("--memory-share", type=float, default=1.0, help=hidden)
     worker.add_argument("--threads", type=int, help=hidden)
     for child in (prepare, router, worker):
@@ -159,17 +158,15 @@ def _worker(arguments: argparse.Namespace) -> int:
 
         card = prepare(deployment.model)
     role = Role(arguments.role)
-    return process.run(
-        deployment,
-        card,
+    post = process.Post(
         role=role,
         worker_id=arguments.id or f"{role}-{socket.gethostname()[:64]}-{secrets.token_hex(4)}",
         join=arguments.join,
-        run_dir=arguments.run_dir,
         device=arguments.device,
         memory_share=arguments.memory_share,
         num_threads=arguments.threads or usable_cores(),
     )
+    return process.run(deployment, card, post)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

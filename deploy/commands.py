@@ -51,7 +51,7 @@ class RunFiles:
         )
 
     def router(self) -> Command:
-        return _command(ROUTER, "router", *self._common)
+        return _command(ROUTER, "router", *self._common, "--run-dir", self.folder)
 
     def worker(self, spec: WorkerSpec) -> Command:
         return _command(
@@ -67,7 +67,7 @@ class RunFiles:
 
     @property
     def _common(self) -> tuple[object, ...]:
-        return (self.deployment, "--card", self.card, "--run-dir", self.folder)
+        return (self.deployment, "--card", self.card)
 
 
 def _command(name: object, *arguments: object, threads: int | None = None) -> Command:

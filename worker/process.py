@@ -1,0 +1,224 @@
+"""A worker process: one engine, and one life after another in front of it.
+
+    build the engine once (weights, KV pool)
+    a life: a new epoch, sockets, core, I/O thread; hello, work, until
+        drained or SIGTERM      said goodbye                     exit 0
+        refused for good        another model                    StartupError
+        declared dead           all of that life is dropped, and the next one begins
+
+So a worker that was stopped for a while and comes back finds its requests elsewhere, and
+is of use again without loading anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+from dataclasses import dataclass
+from types import FrameType
+
+from ..core.card import ModelCard
+from ..core.clock import monotonic
+from ..core.config import Deployment, EngineKind, Switch, parse_size
+from ..core.errors import StartupError
+from ..core.ids import Role, WorkerRef, new_epoch
+from ..core.keys import Keys, require_safe_bind
+from ..core.messages import PROTOCOL_VERSION, Hello, Refused
+from ..core.plan import Engine
+from ..kvtransfer.handshake import Handshake
+from ..kvtransfer.media.tcp import KvSockets
+from ..kvtransfer.receiver import Receiver
+from ..kvtransfer.sender import Sender
+from ..kvtransfer.settings import TransferSettings
+from .address import kv_endpoint
+from .budget import Budget
+from .core import WorkerCore
+from .inbox import Inbox, Stop
+from .io import IoThread, Status
+from .link import LinkTiming, RouterLink
+from .loop import StepLoop
+
+log = logging.getLogger(__name__)
+
+_SIMULATED_BLOCKS = 4096  # where kv.memory is not a size
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """Where a worker stands in its deployment: what the command line says."""
+
+    role: Role
+    worker_id: str
+    join: str  # the router's control endpoint
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    memory_share: float = 1.0  # of the device's memory
+    num_threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Wiring:
+    """How this worker may be reached, and how it reaches the router."""
+
+    kv_endpoint: str
+    kv_keys: Keys | None
+    join_keys: Keys | None
+
+
+def run(deployment: Deployment, card: ModelCard, post: Post) -> int:
+    """Serves until drained or told to end: the exit code.
+
+    Raises StartupError where the engine can't be built or the router refuses this worker,
+    ConfigError where its sockets may not be bound as the file says.
+    """
+    endpoint = kv_endpoint(deployment.kv_transfer.host, post.join, deployment.router.control)
+    wiring = _Wiring(
+        endpoint,
+        require_safe_bind(endpoint, deployment.security),
+        require_safe_bind(post.join, deployment.security),
+    )
+    stopper = _Stopper()
+    engine, budget = _engine(deployment, card, post)
+    try:
+        while not stopper.stopped:
+            refusal = _Life(deployment, card, post, wiring, engine, budget).run(stopper)
+            if refusal is None:
+                break
+            if not refusal.rejoin:
+                raise StartupError(f"the router refuses {post.worker_id}: {refusal.text}")
+            log.warning("back under a new epoch: %s", refusal.text)
+    finally:
+        engine.close()
+    return 0
+
+
+class _Stopper:
+    """SIGTERM and SIGINT end the worker: at once where no life is on, else by its loop."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.inbox: Inbox | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        if self.inbox is None:
+            raise KeyboardInterrupt
+        self.inbox.interrupt()
+
+
+class _Life:
+    """One epoch of the worker: from hello to goodbye."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        card: ModelCard,
+        post: Post,
+        wiring: _Wiring,
+        engine: Engine,
+        budget: Budget,
+    ) -> None:
+        layout = engine.kv.layout
+        self._epoch = new_epoch()
+        handshake = Handshake(
+            WorkerRef(post.worker_id, self._epoch),
+            secrets.token_hex(16),
+            card.fingerprint,
+            layout,
+        )
+        settings = TransferSettings(
+            layout.block_size, layout.block_bytes, lease_s=deployment.kv_transfer.lease_s
+        )
+        self._core = WorkerCore(
+            budget,
+            engine.limits,
+            layout,
+            Sender(settings, handshake),
+            Receiver(settings),
+            salt=secrets.token_bytes(16),  # hashes are compared within one pool only
+            prefix_cache=deployment.kv.prefix_cache,
+        )
+        kv = KvSockets(
+            handshake,
+            engine.kv,
+            endpoint=wiring.kv_endpoint,
+            keys=wiring.kv_keys,
+            checksums=deployment.kv_transfer.checksums is not Switch.OFF,
+        )
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            role=post.role,
+            pid=os.getpid(),
+            address=kv.address,
+            fingerprint=f"{card.fingerprint}/{layout.dtype}/{layout.block_size}",
+            blocks=self._core.blocks,
+            block_size=layout.block_size,
+            max_context=self._core.max_context,
+            max_batch=self._core.max_batch,
+        )
+        self._link = RouterLink(hello, LinkTiming(), monotonic())
+        self._io = IoThread(
+            self._link,
+            kv,
+            engine.kv,
+            Status(self._core.beat(), 0),
+            join=post.join,
+            identity=str(handshake.ref).encode(),
+            keys=wiring.join_keys,
+            clock=monotonic,
+        )
+        self._loop = StepLoop(self._core, engine, self._io, monotonic)
+
+    def run(self, stopper: _Stopper) -> Refused | None:
+        """To the end of this life; what the router said if it would not have it."""
+        self._io.start()
+        stopper.inbox = self._io.inbox
+        if stopper.stopped:
+            self._io.inbox.put(Stop())
+        try:
+            self._loop.run()
+        finally:
+            self._io.stop()
+        return self._link.refusal
+
+
+def _engine(deployment: Deployment, card: ModelCard, post: Post) -> tuple[Engine, Budget]:
+    pool = getattr(deployment.pools, post.role.value)
+    if deployment.engine is EngineKind.SIMULATED:
+        from ..simulation.engine import SimulatedEngine, SimulatedModel
+
+        budget = Budget.of(post.role, pool, on_gpu=False)
+        model = SimulatedModel(card.vocab_size, card.eos_token_ids)
+        return SimulatedEngine(
+            model,
+            num_blocks=_simulated_blocks(deployment, model.token_bytes),
+            block_size=deployment.kv.block_size,
+            max_slots=budget.num_slots,
+            max_context=card.max_context,
+            max_step_tokens=budget.max_step_tokens,
+        ), budget
+    from ..engine.build import build_engine
+    from ..engine.device import resolve_device
+
+    device = resolve_device(post.device)
+    budget = Budget.of(post.role, pool, on_gpu=device.type != "cpu")
+    engine = build_engine(
+        card,
+        deployment,
+        device=device,
+        memory_share=post.memory_share,
+        num_threads=post.num_threads,
+        max_slots=budget.num_slots,
+        max_step_tokens=budget.max_step_tokens,
+    )
+    return engine, budget
+
+
+def _simulated_blocks(deployment: Deployment, token_bytes: int) -> int:
+    memory = deployment.kv.memory
+    if isinstance(memory, str) and memory != "auto":
+        return max(1, parse_size(memory) // (deployment.kv.block_size * token_bytes))
+    return _SIMULATED_BLOCKS
