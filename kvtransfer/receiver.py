@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from ..core.ids import Attempt, WorkerRef
 from ..core.messages import FailureKind, Key, TokenItem
 from .effects import ReceiveEnded, ReceiverEffect, Reserve, Runnable, Send, Write
+from .leases import overdue
 from .messages import (
     Ack,
     Cancel,
@@ -332,13 +333,8 @@ class Receiver:
             yield Send(peer, tombstone.reply(key))
 
     def _expire(self, transfer: _Transfer, now: float) -> list[ReceiverEffect]:
-        lease_s, peer = self._settings.lease_s, transfer.peer
-        heard_at = self._heard_at.get(peer)
-        if heard_at is None or now - heard_at >= lease_s:
-            kind, text = FailureKind.PEER_LOST, f"{peer} was not heard of for {lease_s:g} s"
-        else:
-            kind = FailureKind.DROPPED
-            text = f"{peer} has not listed the transfer for {lease_s:g} s"
+        heard_at = self._heard_at.get(transfer.peer)
+        kind, text = overdue(transfer.peer, heard_at, now, self._settings.lease_s)
         return self._fail(transfer, kind, text, now)
 
     def _fail(
