@@ -85,8 +85,9 @@ def router(deployment: config.Deployment, run_dir: Path) -> None:
     until_terminated("router")
 
 
-def worker(name: str, run_dir: Path, join: str) -> None:
-    assert join == f"ipc://{run_dir}/control.sock"
+def worker(name: str, join: str) -> None:
+    run_dir = Path(join.removeprefix("ipc://")).parent
+    assert run_dir.is_dir()
     if f"{name} out of memory" == FAULT:
         fail("kv.memory: 5GiB do not fit", 1)
     (run_dir / f"joined-{name}").touch()
@@ -106,7 +107,7 @@ def main() -> None:
         router(deployment, arguments.run_dir)
     else:
         assert os.environ["OMP_NUM_THREADS"] == str(arguments.threads)
-        worker(arguments.id, arguments.run_dir, arguments.join)
+        worker(arguments.id, arguments.join)
 
 
 main()
