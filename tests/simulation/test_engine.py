@@ -70,7 +70,7 @@ def test_chunks_and_cached_prefixes_change_nothing(cuts: list[int], cached: int)
     run(engine, StepPlan((new(7, PROMPT, blocks_for(21)),), (Row(7, 0, 21),)))
     table = (*range(cached), *blocks_for(21 - 4 * cached, first=20))
     starts = sorted({4 * cached, *(cut for cut in cuts if cut > 4 * cached)})
-    fresh = (new(0, PROMPT, table),)
+    fresh: tuple[NewSequence, ...] = (new(0, PROMPT, table),)
     for start, end in zip(starts, (*starts[1:], 21), strict=True):
         row = Row(0, start, end - start, sample=end == 21)
         tokens = run(engine, StepPlan(fresh, (row,)))
