@@ -131,10 +131,10 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from .core.keys import require_safe_bind
-
     deployment = _deployment(arguments)
     if deployment.router.control is not None:
+        from .core.keys import require_safe_bind
+
         require_safe_bind(deployment.router.control, deployment.security)
     pools = deployment.pools
     print(

@@ -37,10 +37,13 @@ def test_the_declared_packages_are_the_tree() -> None:
     assert SETUPTOOLS["package-dir"] == {"pdserve": "."}
 
 
-def test_every_package_but_kernels_has_an_init() -> None:
+def test_kernels_is_no_package_by_itself() -> None:
     """transformers looks for a package named kernels, and would take ours for it."""
-    without = {f.name for f in package_folders() if not (f / "__init__.py").exists()}
-    assert without == {"kernels"}
+    has_init = {
+        f.relative_to(sources.ROOT): (f / "__init__.py").exists() for f in package_folders()
+    }
+    assert {folder.parts[0] for folder, has in has_init.items() if not has} == {"kernels"}
+    assert not has_init[Path("kernels")]
 
 
 def test_files_that_are_no_modules_are_declared() -> None:
