@@ -22,7 +22,6 @@ from ..core.clock import Clock
 from ..core.errors import MalformedMessage
 from ..core.keys import Keys, admit, secure_client
 from ..core.messages import MAX_LIVE, TO_ROUTER, TO_WORKER, Key, Place, ToRouter, WorkerBeat
-from ..core.plan import KvPool
 from ..kvtransfer.effects import Send, SendChunk, Write
 from ..kvtransfer.media.tcp import KvSockets
 from .effects import Effect, Tell
@@ -58,7 +57,6 @@ class IoThread(threading.Thread):
         self,
         link: RouterLink,
         kv: KvSockets,
-        pool: KvPool,
         status: Status,
         *,
         join: str,
@@ -70,7 +68,6 @@ class IoThread(threading.Thread):
         self.inbox = Inbox(_MAX_EVENTS, self._wake)
         self._link = link
         self._kv = kv
-        self._pool = pool
         self._status = status
         self._join = join
         self._identity = identity

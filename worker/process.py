@@ -163,7 +163,6 @@ class _Life:
         self._io = IoThread(
             self._link,
             kv,
-            engine.kv,
             Status(self._core.beat(), 0),
             join=post.join,
             identity=str(handshake.ref).encode(),
