@@ -31,7 +31,7 @@ class PrefixIndex:
     def store(self, seq: Sequence) -> None:
         """Makes the blocks that are full by now findable, once their KV is in place."""
         num_full = seq.num_computed_tokens // self._hasher.block_size
-        if not self._enabled or num_full <= seq.num_stored_blocks:
+        if num_full <= seq.num_stored_blocks or not self._enabled:
             return
         self._hasher.extend(seq.block_hashes, seq.token_ids, num_full)
         for index in range(seq.num_stored_blocks, num_full):

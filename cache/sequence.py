@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..core.ids import Attempt
+from ..core.messages import Key
 from ..core.params import SamplingParams
 
 
@@ -24,7 +25,7 @@ class Sequence:
     first ``num_told_blocks``.
     """
 
-    attempt: Attempt
+    key: Key
     params: SamplingParams
     arrival: int
     num_prompt_tokens: int
@@ -39,6 +40,10 @@ class Sequence:
     num_told_blocks: int = 0
     num_inflight: int = 0
     num_sampling: int = 0
+    attempt: Attempt = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.attempt = self.key.attempt
 
     @property
     def num_tokens(self) -> int:
@@ -61,7 +66,7 @@ class Sequence:
     def fresh(self) -> Sequence:
         """The same text with nothing computed: no blocks, no slot, no rows in flight."""
         return Sequence(
-            attempt=self.attempt,
+            key=self.key,
             params=self.params,
             arrival=self.arrival,
             num_prompt_tokens=self.num_prompt_tokens,

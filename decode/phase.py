@@ -182,13 +182,14 @@ class DecodePhase:
         rows: list[Sequence] = []
         preempted: list[Sequence] = []
         for seq in tuple(self._running):
-            if self._places[seq.attempt] is not seq:
+            if preempted and self._places[seq.attempt] is not seq:
                 continue  # preempted a moment ago, for one before it
-            if self._rules.ends_by_length(seq, seq.num_drawn_tokens):
+            num_tokens = seq.num_drawn_tokens
+            if self._rules.ends_by_length(seq, num_tokens):
                 continue  # its last token is in flight
-            assert seq.num_scheduled_tokens == seq.num_drawn_tokens - 1
-            num_blocks = self._cache.blocks_for(seq.num_drawn_tokens)
-            if num_blocks <= len(seq.block_table) or self._grow(seq, make_room, preempted):
+            assert seq.num_scheduled_tokens == num_tokens - 1
+            has_block = num_tokens <= len(seq.block_table) * self._cache.block_size
+            if has_block or self._grow(seq, make_room, preempted):
                 rows.append(seq)
         return rows, preempted
 
