@@ -160,5 +160,6 @@ def gather_kv(kv_layer: Tensor, blocks: Tensor, rows: int, length: int) -> tuple
     """
     by_head = kv_layer.permute(1, 2, 0, 3, 4)  # [2, Hkv, num_blocks, block_size, D]
     gathered = by_head.index_select(2, blocks)  # [2, Hkv, rows * n, block_size, D]
-    k, v = gathered.flatten(2, 3).unflatten(2, (rows, -1)).transpose(1, 2)[..., :length, :]
+    num_kv_heads, head_dim = gathered.shape[1], gathered.shape[4]
+    k, v = gathered.view(2, num_kv_heads, rows, -1, head_dim).transpose(1, 2)[..., :length, :]
     return k, v

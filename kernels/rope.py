@@ -59,9 +59,8 @@ def rope_and_cache(
 def split_heads(qkv: Tensor, num_q_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """The views ``(q[T, Hq, D], k[T, Hkv, D], v[T, Hkv, D])`` of ``qkv[T, (Hq + 2 Hkv) * D]``."""
     heads = qkv.view(qkv.shape[0], -1, head_dim)  # [T, Hq + 2 Hkv, D]
-    num_kv_heads = (heads.shape[1] - num_q_heads) // 2
-    q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
-    return q, k, v
+    first_v = (num_q_heads + heads.shape[1]) // 2
+    return heads[:, :num_q_heads], heads[:, num_q_heads:first_v], heads[:, first_v:]
 
 
 def rope_and_cache_reference(
@@ -88,7 +87,8 @@ def rope_and_cache_reference(
 
     # q and k together: they are neighbours in qkv, as are k and v.
     heads = qkv.view(qkv.shape[0], -1, head_dim)  # [T, Hq + 2 Hkv, D]
-    rotated = heads[:, : num_q_heads + num_kv_heads, : 2 * half].unflatten(-1, (2, half))
+    rotated = heads[:, : num_q_heads + num_kv_heads, : 2 * half]
+    rotated = rotated.view(*rotated.shape[:2], 2, half)
     pair = rotated.float()  # [T, Hq + Hkv, 2, rot / 2], in fp32 the very memory of qkv
     cos_t = cos.index_select(0, positions)[:, None, None]  # [T, 1, 1, rot / 2]
     sin_t = sin.index_select(0, positions)[:, None, None]
@@ -99,7 +99,7 @@ def rope_and_cache_reference(
     if pair.dtype != qkv.dtype:
         rotated.copy_(pair)
 
-    kv = heads[:, num_q_heads:].unflatten(1, (2, num_kv_heads))  # [T, 2, Hkv, D]
+    kv = heads[:, num_q_heads:].view(-1, 2, num_kv_heads, head_dim)  # [T, 2, Hkv, D]
     if slot_mapping.numel() and int(slot_mapping.min()) < 0:
         written = slot_mapping >= 0
         slot_mapping, kv = slot_mapping[written], kv[written]

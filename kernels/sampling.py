@@ -149,13 +149,13 @@ def penalize(logits: Tensor, params: RowParams, history: TokenHistory) -> None:
     total_lens: list[int] = history.total_lens.tolist()
     for row, slot in enumerate(slots):
         if repetition[row] != 1:
-            seen = history.token_ids[slot, : total_lens[row]].unique().long()
+            seen = torch.unique(history.token_ids[slot, : total_lens[row]]).long()
             old = logits[row, seen]
             new = torch.where(old > 0, old / repetition[row], old * repetition[row])
             logits[row, seen] = new
         if presence[row] != 0 or frequency[row] != 0:
             output = history.token_ids[slot, prompt_lens[row] : total_lens[row]]
-            used, counts = output.unique(return_counts=True)
+            used, counts = torch.unique(output, return_counts=True)
             logits[row, used.long()] -= frequency[row] * counts + presence[row]
 
 

@@ -1,0 +1,416 @@
+"""Causal attention of ragged rows, in Triton: keys and values paged or dense.
+
+A program takes a tile of queries of one row for one KV head; the tile holds all query heads
+of that head (``token * group + head``), so that short rows fill it too. It streams the keys
+with an online softmax (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022),
+first the stretch that no query masks, then the diagonal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..prefill_attention import PrefillBatch
+
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedTuning:
+    block_m: int = 128
+    block_n: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+@triton.jit
+def _load_tile(
+    k_source,
+    v_source,
+    table,
+    at,
+    end,
+    column,
+    kv_stride_block,
+    kv_stride_token,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGED: tl.constexpr,
+):
+    """Keys and values ``[N, D]`` from token ``at`` on, zeros past ``end`` where paged."""
+    if PAGED:
+        token = at + tl.arange(0, BLOCK_N)
+        dim = tl.arange(0, BLOCK_D)
+        inside = token < end
+        block = tl.load(table + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        entry = (block * kv_stride_block + token % BLOCK_SIZE * kv_stride_token)[:, None]
+        mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+        k = tl.load(k_source + entry + dim[None, :], mask=mask, other=0.0)
+        v = tl.load(v_source + entry + dim[None, :], mask=mask, other=0.0)
+    else:
+        k = k_source.load([table + at, column])
+        v = v_source.load([table + at, column])
+    return k, v
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    total,
+    peak,
+    q,
+    position,
+    start,
+    end,
+    k_source,
+    v_source,
+    table,
+    column,
+    kv_stride_block,
+    kv_stride_token,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One stretch of keys, ``start`` to ``end``, into the running softmax."""
+    for at in tl.range(start, end, BLOCK_N):
+        k, v = _load_tile(
+            k_source,
+            v_source,
+            table,
+            at,
+            end,
+            column,
+            kv_stride_block,
+            kv_stride_token,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            PAGED,
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+        if MASKED:
+            token = at + tl.arange(0, BLOCK_N)
+            scores = tl.where(token[None, :] <= position[:, None], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit
+def _ragged_kernel(
+    q_ptr,
+    k_source,
+    v_source,
+    tables_ptr,
+    bounds_ptr,
+    out_ptr,
+    batch,
+    scale_log2,
+    q_stride_token,
+    q_stride_head,
+    kv_stride_block,
+    kv_stride_head,
+    kv_stride_token,
+    table_stride,
+    NUM_Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # The tiles with the most keys start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2)
+    q_start = tl.load(bounds_ptr + row)
+    num_new = tl.load(bounds_ptr + row + 1) - q_start
+    if tile * BLOCK_M < num_new * GROUP:
+        context_start = tl.load(bounds_ptr + batch + 1 + row)
+        length = tl.load(bounds_ptr + batch + 2 + row) - context_start
+        prefix = length - num_new
+
+        packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        new = packed // GROUP
+        head = kv_head * GROUP + packed % GROUP
+        position = prefix + new
+        dim = tl.arange(0, BLOCK_D)
+        q_mask = (new < num_new)[:, None] & (dim < HEAD_DIM)[None, :]
+        token = (q_start + new).to(tl.int64)
+        q = tl.load(
+            q_ptr + (token * q_stride_token + head * q_stride_head)[:, None] + dim[None, :],
+            mask=q_mask,
+            other=0.0,
+        )  # [M, D]
+
+        if PAGED:
+            table = tables_ptr + row.to(tl.int64) * table_stride
+            k_source += kv_head.to(tl.int64) * kv_stride_head
+            v_source += kv_head.to(tl.int64) * kv_stride_head
+        else:
+            table = context_start
+        column = kv_head * HEAD_DIM
+
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        first_new = tile * BLOCK_M // GROUP
+        last_new = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_new - 1)
+        diagonal = (prefix + first_new + 1) // BLOCK_N * BLOCK_N
+        acc, total, peak = _accumulate(
+            acc,
+            total,
+            peak,
+            q,
+            position,
+            0,
+            diagonal,
+            k_source,
+            v_source,
+            table,
+            column,
+            kv_stride_block,
+            kv_stride_token,
+            scale_log2,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            PAGED,
+            False,
+            PRECISION,
+        )
+        acc, total, peak = _accumulate(
+            acc,
+            total,
+            peak,
+            q,
+            position,
+            diagonal,
+            prefix + last_new + 1,
+            k_source,
+            v_source,
+            table,
+            column,
+            kv_stride_block,
+            kv_stride_token,
+            scale_log2,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            PAGED,
+            True,
+            PRECISION,
+        )
+        acc = acc / total[:, None]
+        out = out_ptr + ((token * NUM_Q + head) * HEAD_DIM)[:, None] + dim[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+@triton.jit
+def _gather_kernel(
+    kv_ptr,
+    tables_ptr,
+    bounds_ptr,
+    out_ptr,
+    batch,
+    kv_stride_block,
+    kv_stride_kv,
+    kv_stride_head,
+    kv_stride_token,
+    table_stride,
+    out_stride_kv,
+    NUM_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    at = tl.program_id(0)
+    row = tl.program_id(1)
+    start = tl.load(bounds_ptr + batch + 1 + row)
+    length = tl.load(bounds_ptr + batch + 2 + row) - start
+    if at * BLOCK_SIZE < length:
+        block = tl.load(tables_ptr + row.to(tl.int64) * table_stride + at).to(tl.int64)
+        offset = tl.arange(0, BLOCK_T)[:, None, None]
+        head = tl.arange(0, BLOCK_H)[None, :, None]
+        dim = tl.arange(0, BLOCK_D)[None, None, :]
+        token = at * BLOCK_SIZE + offset
+        mask = (offset < BLOCK_SIZE) & (token < length) & (head < NUM_KV) & (dim < HEAD_DIM)
+        source = (
+            kv_ptr
+            + block * kv_stride_block
+            + offset * kv_stride_token
+            + head * kv_stride_head
+            + dim
+        )
+        target = out_ptr + ((start + token).to(tl.int64) * NUM_KV + head) * HEAD_DIM + dim
+        tl.store(target, tl.load(source, mask=mask), mask=mask)
+        tl.store(target + out_stride_kv, tl.load(source + kv_stride_kv, mask=mask), mask=mask)
+
+
+def gather_contexts(kv_layer: Tensor, batch: PrefillBatch) -> tuple[Tensor, Tensor]:
+    """The rows' keys and values out of the pool, one row after the other.
+
+    Returns ``(k, v)[sum of context_lens, Hkv, D]``. Grid: (blocks of the longest, B).
+    """
+    _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
+    out = torch.empty(
+        (2, sum(batch.context_lens), num_kv_heads, head_dim),
+        dtype=kv_layer.dtype,
+        device=kv_layer.device,
+    )
+    rows = len(batch.context_lens)
+    _gather_kernel[(triton.cdiv(max(batch.context_lens), block_size), rows)](
+        kv_layer,
+        batch.block_tables,
+        batch.bounds,
+        out,
+        rows,
+        kv_layer.stride(0),
+        kv_layer.stride(1),
+        kv_layer.stride(2),
+        kv_layer.stride(3),
+        batch.block_tables.stride(0),
+        out.stride(0),
+        NUM_KV=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_T=triton.next_power_of_2(block_size),
+        BLOCK_H=triton.next_power_of_2(num_kv_heads),
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=8,
+    )
+    return out[0], out[1]
+
+
+def paged_attention(
+    q: Tensor,
+    kv_layer: Tensor,
+    scale: float,
+    batch: PrefillBatch,
+    *,
+    tuning: RaggedTuning | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``q[T, Hq, D]`` over the pool's blocks -> ``[T, Hq, D]``."""
+    assert kv_layer.stride(4) == 1
+    return _launch(
+        q,
+        kv_layer[:, 0],
+        kv_layer[:, 1],
+        kv_layer.shape[2],
+        kv_layer.stride(0),
+        kv_layer.stride(2),
+        kv_layer.stride(3),
+        kv_layer.shape[3],
+        scale,
+        batch,
+        tuning or RaggedTuning(),
+        out,
+    )
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    batch: PrefillBatch,
+    *,
+    tuning: RaggedTuning | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``q[T, Hq, D]`` over ``k, v[sum of context_lens, Hkv, D]`` -> ``[T, Hq, D]``.
+
+    Tiles of keys and values come through the tensor memory accelerator; a tile may run into
+    the next row's tokens, which the causal mask hides.
+    """
+    tuning = tuning or RaggedTuning()
+    num_kv_heads, head_dim = k.shape[1:]
+    sources = [
+        TensorDescriptor(
+            dense,
+            [dense.shape[0], num_kv_heads * head_dim],
+            [dense.stride(0), 1],
+            [tuning.block_n, triton.next_power_of_2(head_dim)],
+        )
+        for dense in (k, v)
+    ]
+    return _launch(q, sources[0], sources[1], num_kv_heads, 0, 0, 0, 1, scale, batch, tuning, out)
+
+
+def _launch(
+    q: Tensor,
+    k_source: Tensor | TensorDescriptor,
+    v_source: Tensor | TensorDescriptor,
+    num_kv_heads: int,
+    kv_stride_block: int,
+    kv_stride_head: int,
+    kv_stride_token: int,
+    block_size: int,
+    scale: float,
+    batch: PrefillBatch,
+    tuning: RaggedTuning,
+    out: Tensor | None,
+) -> Tensor:
+    """Grid: (tiles of the longest row, Hkv, B)."""
+    _, num_q_heads, head_dim = q.shape
+    assert q.stride(2) == 1
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    group = num_q_heads // num_kv_heads
+    rows = len(batch.new_lens)
+    _ragged_kernel[(triton.cdiv(max(batch.new_lens) * group, tuning.block_m), num_kv_heads, rows)](
+        q,
+        k_source,
+        v_source,
+        batch.block_tables,
+        batch.bounds,
+        out,
+        rows,
+        scale * _LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        kv_stride_block,
+        kv_stride_head,
+        kv_stride_token,
+        batch.block_tables.stride(0),
+        NUM_Q=num_q_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=tuning.block_m,
+        BLOCK_N=tuning.block_n,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        PAGED=isinstance(k_source, Tensor),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+    return out
