@@ -102,12 +102,6 @@ class ModelShape:
         tables = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return self.num_layers * (attention + mlp) + tables
 
-    @property
-    def linear_parameters(self) -> int:
-        """The parameters that each step multiplies with: all but an untied input embedding."""
-        untied = 0 if self.tied else self.vocab_size * self.hidden_size
-        return self.num_parameters - untied
-
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; WeightsError where there is none or it is not JSON."""

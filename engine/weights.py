@@ -52,12 +52,17 @@ class ModelWeights:
     lm_head: Tensor  # [vocab, hidden]; the embedding itself where they are tied
 
     @property
-    def linear_bytes(self) -> int:
-        """What a decode step reads of the weights."""
+    def step_bytes(self) -> int:
+        """What a decode step reads of the weights: every matrix once."""
         tensors = [self.lm_head]
         for layer in self.layers:
             tensors += [m.weight for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         return sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def nbytes(self) -> int:
+        untied = 0 if self.lm_head is self.embedding else self.embedding.nbytes
+        return self.step_bytes + untied
 
 
 def load_weights(

@@ -1,0 +1,156 @@
+"""The engine on torch: step plans in, token ids out.
+
+    launch   take in new sequences and blocks -> describe the batch -> run the model
+             -> draw -> write the drawn tokens into the slots
+    wait     the drawn tokens as plain data
+
+On a GPU ``launch`` only enqueues: nothing in it waits for the device. The next step's input
+tokens are read from the slots on the device, where the last step has written them. On a CPU
+the step is over when ``launch`` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.plan import EngineLimits, KvPool, StepHandle, StepPlan, StepResult
+from ..kernels.decode_attention import DecodeWorkspace
+from ..kernels.prefill_attention import PrefillBatch
+from .batch import Batch, describe
+from .graphs import DecodeGraphs
+from .model import Model, StepInput
+from .sampler import Drawn, LogProbs, Sampler, step_result
+from .slots import SlotTable
+from .upload import Upload
+
+
+class TorchEngine:
+    """Implements ``core.plan.Engine``. Steps run in the order in which they are launched."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        table: SlotTable,
+        sampler: Sampler,
+        new_workspace: Callable[[int], DecodeWorkspace],
+        kv: KvPool,
+        limits: EngineLimits,
+        upload: Upload,
+        graphs: DecodeGraphs | None,
+    ) -> None:
+        """``graphs``: for decode steps on a GPU; without them each kernel is launched."""
+        self.kv = kv
+        self.limits = limits
+        self._model = model
+        self._table = table
+        self._sampler = sampler
+        self._workspace = new_workspace(limits.max_slots)
+        self._upload = upload
+        self._graphs = graphs
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepHandle:
+        assert plan.rows and plan.num_tokens <= self.limits.max_step_tokens, plan.num_tokens
+        self._table.apply(plan)
+        batch = describe(plan, self._table)
+        rows = batch.sampled
+        if not len(rows):
+            self._run(batch)
+            drawn = Drawn(torch.empty(0, dtype=torch.int64), None)
+        else:
+            drawn = self._sampler.draw(self._run(batch), rows)
+            (written_to,) = self._upload((rows.written_to,))
+            self._table.token_ids.view(-1).index_copy_(0, written_to, drawn.token_ids.int())
+        asked = tuple(self._table.params_of(slot).logprobs for slot in rows.slots)
+        if self._table.token_ids.is_cuda:
+            return PendingStep(rows.slots, asked, drawn)
+        return DoneStep(step_result(rows.slots, asked, drawn))
+
+    def close(self) -> None:
+        """Waits for the steps that are launched; the memory goes with the engine."""
+        if self._table.token_ids.is_cuda:
+            torch.cuda.synchronize(self._table.token_ids.device)
+
+    def _run(self, batch: Batch) -> Tensor:
+        """The model over the batch: logits ``[S, vocab]`` of the sampled rows."""
+        if self._graphs is not None and batch.all_sampled:
+            return self._graphs.run(batch.singles)
+        hidden = self._model.hidden(*self._step_input(batch))
+        return self._model.logits(hidden)
+
+    def _step_input(self, batch: Batch) -> tuple[StepInput, Tensor | None]:
+        """The batch on the device, and which of its tokens are sampled after (None: all)."""
+        singles, chunks = batch.singles, batch.chunks
+        token_index, positions, cache_slots, slots, lens, chunk_slots, at = self._upload(
+            (
+                np.concatenate((singles.token_index, chunks.token_index)),
+                np.concatenate((singles.positions, chunks.positions)),
+                np.concatenate((singles.cache_slots, chunks.cache_slots)),
+                singles.slots,
+                singles.context_lens,
+                chunks.slots,
+                batch.sampled.at,
+            )
+        )
+        tables = self._table.block_tables
+        if len(singles):
+            self._workspace.prepare(tables.index_select(0, slots), lens)
+        prefill = None
+        if len(chunks):
+            prefill = PrefillBatch.create(
+                tables.index_select(0, chunk_slots), chunks.new_lens, chunks.context_lens
+            )
+        step = StepInput(
+            token_ids=self._table.token_ids.view(-1).index_select(0, token_index),
+            positions=positions,
+            cache_slots=cache_slots,
+            num_singles=len(singles),
+            singles=self._workspace,
+            chunks=prefill,
+        )
+        return step, None if batch.all_sampled else at
+
+
+class DoneStep:
+    """A step whose result is there."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def wait(self) -> StepResult:
+        return self._result
+
+
+class PendingStep:
+    """A step on a GPU: its tokens are on their way into pinned memory."""
+
+    def __init__(self, slots: tuple[int, ...], asked: tuple[int | None, ...], drawn: Drawn) -> None:
+        self._slots = slots
+        self._asked = asked
+        logprobs = drawn.logprobs
+        self._drawn = Drawn(
+            _to_host(drawn.token_ids),
+            None
+            if logprobs is None
+            else LogProbs(logprobs.rows, *(_to_host(tensor) for tensor in logprobs.tensors)),
+        )
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done.record()
+        self._result: StepResult | None = None
+
+    def wait(self) -> StepResult:
+        if self._result is None:
+            self._done.synchronize()
+            self._result = step_result(self._slots, self._asked, self._drawn)
+        return self._result
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, complete when the stream has come so far."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
