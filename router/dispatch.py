@@ -1,0 +1,307 @@
+"""The pure core of the router: every live request, every worker, and what to say to whom.
+
+It reads no clock and owns no socket: ``now`` is passed in, effects come out. Every state of
+a request has a bound that ``tick`` or a beat enforces:
+
+    QUEUED              tried again at each tick, until the deadline
+    PLACED, STREAMING   until the deadline; lost and replayed once a worker that it needs
+                        dies, or has not listed it ``GRACE_S`` after it was placed
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from ..core.config import Policy, PoolsSection
+from ..core.errors import RequestError
+from ..core.ids import WorkerRef
+from ..core.messages import (
+    AttemptFailed,
+    Bye,
+    Drain,
+    FailureKind,
+    Hello,
+    PeerAddress,
+    Refused,
+    RouterBeat,
+    Started,
+    TokenBatch,
+    TokenItem,
+    ToRouter,
+    Welcome,
+    WorkerBeat,
+)
+from .effects import Effect, Emit, End, Link, Say
+from .loads import Loads
+from .membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership, MemberState
+from .policy import Snapshot, WorkerView, decide, missing
+from .requests import Ask, Order, Request, State
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 2.0  # from a placement to the beat that must list it
+BAD_LINK_S = 30.0  # a pair whose transfer failed is left alone for so long
+
+
+class Dispatch:
+    def __init__(
+        self, policy: Policy, pools: PoolsSection, membership: Membership, epoch: int
+    ) -> None:
+        self.members = membership
+        self._policy = policy
+        self._pools = pools
+        self._epoch = epoch
+        self._requests: dict[str, Request] = {}
+        self._queue: deque[Request] = deque()  # the oldest first, replays before the others
+        self._given: dict[WorkerRef, dict[str, Request]] = {}  # to each worker, by id
+        self._loads = Loads()
+        self._bad_links: dict[tuple[WorkerRef, WorkerRef], float] = {}  # until when
+        self._was_up = False
+
+    # what the rim asks
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def request(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+    def max_context(self, limit: int) -> int:
+        """Tokens that a request may have here: ``limit``, or less where no worker has room."""
+        alive = self.members.alive()
+        return min(limit, max((m.hello.max_context for m in alive), default=limit))
+
+    def missing(self) -> str | None:
+        """What the deployment waits for; once up, it is so as long as it can place requests."""
+        roles = [member.hello.role for member in self.members.alive()]
+        pools = PoolsSection() if self._was_up else self._pools
+        reason = missing(self._policy, pools, roles)
+        self._was_up = self._was_up or reason is None
+        return reason
+
+    # what happens
+
+    def submit(self, ask: Ask, now: float) -> list[Effect]:
+        request = self._requests[ask.request_id] = Request(ask)
+        placed = self._place(request, self._snapshot(now), now)
+        if not placed:
+            self._queue.append(request)
+        return placed
+
+    def end(self, request_id: str, state: State) -> list[Effect]:
+        """The client is gone (ABORTED), or has all it wants (DONE)."""
+        request = self._requests.get(request_id)
+        return self._change(request, lambda: request.end(state)) if request is not None else []
+
+    def fail_all(self, error: RequestError) -> list[Effect]:
+        effects: list[Effect] = []
+        for request in list(self._requests.values()):
+            effects += self._change(request, partial(request.fail, error))
+        return effects
+
+    def receive(self, link: Link, message: ToRouter, now: float) -> list[Effect]:
+        if isinstance(message, Hello):
+            return self._hello(link, message, now)
+        if isinstance(message, WorkerBeat):
+            return self._beat(link, message, now)
+        member = self.members.speaker(link)
+        if member is None:
+            return []
+        member.heard = now
+        match message:
+            case Started(key, num_cached_tokens):
+                if (request := self._requests.get(key.request_id)) is not None:
+                    request.started(key, num_cached_tokens)
+                return []
+            case TokenBatch(items):
+                return self._tokens(items, member.ref, now)
+            case AttemptFailed():
+                return self._failed(message, member.ref, now)
+            case Bye():
+                self.members.bye(member.ref)
+                return self._gone(member.ref, now, strike=False)
+
+    def unreachable(self, link: Link, now: float) -> list[Effect]:
+        """What was to be said to this link could not be sent."""
+        member = self.members.speaker(link)
+        if member is None:
+            return []
+        log.warning("%s can't be reached any more", member.ref)
+        self.members.lost(member.ref)
+        return self._gone(member.ref, now)
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed."""
+        effects: list[Effect] = []
+        for ref in self.members.silent(now):
+            log.warning("%s has not been heard of for %.0f s: it is dead", ref, DEAD_AFTER_S)
+            self.members.lost(ref)
+            effects += self._gone(ref, now)
+        self.members.forget(now)
+        self._bad_links = {pair: until for pair, until in self._bad_links.items() if until > now}
+        for request in list(self._requests.values()):
+            if now >= request.ask.deadline:
+                effects += self._change(request, request.expire)
+        return effects + self._place_queued(now)
+
+    def beats(self) -> list[Effect]:
+        """For each worker, all that it should have; what it has beside that, it ends."""
+        return [
+            Say(member.link, RouterBeat(tuple(request.key for request in self._on(member.ref))))
+            for member in self.members.alive()
+        ]
+
+    def drain(self) -> list[Effect]:
+        """Every worker is to finish what it has and leave."""
+        effects: list[Effect] = []
+        for member in self.members.alive():
+            member.state = MemberState.DRAINING
+            effects.append(Say(member.link, Drain()))
+        return effects
+
+    # workers
+
+    def _hello(self, link: Link, hello: Hello, now: float) -> list[Effect]:
+        joined = self.members.hello(link, hello, now)
+        if isinstance(joined, Refused):
+            log.warning("%s is refused: %s", hello.address.ref, joined.text)
+            return [Say(link, joined)]
+        effects: list[Effect] = [Say(link, Welcome(self._epoch))]
+        if joined.new:
+            log.info("%s has joined to %s, pid %d", joined.ref, hello.role, hello.pid)
+        if joined.replaced is not None:
+            effects += self._gone(joined.replaced, now)
+        return effects + self._place_queued(now)
+
+    def _beat(self, link: Link, beat: WorkerBeat, now: float) -> list[Effect]:
+        member = self.members.beat(link, beat, now)
+        if isinstance(member, Refused):
+            return [Say(link, member)]
+        listed = set(beat.live)
+        effects: list[Effect] = []
+        for request in self._on(member.ref):
+            if request.key not in listed and request.listed_by(member.ref, now, GRACE_S):
+                log.warning("%s has lost %s", member.ref, request.attempt)
+                effects += self._change(request, request.replay)
+        return effects + self._place_queued(now) if effects else []
+
+    def _gone(self, ref: WorkerRef, now: float, *, strike: bool = True) -> list[Effect]:
+        """That life of a worker is over: what needs it is replayed."""
+        effects: list[Effect] = []
+        lost = [request for request in self._on(ref) if request.needs(ref)]
+        log.warning("%s is gone; %d requests run on elsewhere", ref, len(lost))
+        for request in lost:
+            effects += self._change(request, partial(request.replay, strike=strike))
+        return effects + self._place_queued(now)
+
+    def _on(self, ref: WorkerRef) -> list[Request]:
+        """What that worker has been given."""
+        return list(self._given.get(ref, {}).values())
+
+    # requests
+
+    def _tokens(self, items: Sequence[TokenItem], ref: WorkerRef, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for item in items:
+            request = self._requests.get(item.key.request_id)
+            if request is None:
+                continue
+            attempt, num_before = request.attempt, len(request.output)
+            changed = self._change(request, partial(request.token, item, ref))
+            if len(request.output) > num_before:
+                effects.append(Emit(request.id, item))
+                if not request.over:
+                    self._loads.token(request.id)
+            effects += changed
+            if request.attempt != attempt:
+                log.warning("tokens of %s were lost on the way from %s", attempt, ref)
+                effects += self._place_queued(now)
+        return effects
+
+    def _failed(self, failure: AttemptFailed, ref: WorkerRef, now: float) -> list[Effect]:
+        request = self._requests.get(failure.key.request_id)
+        if request is None or failure.key != request.key or request.placement is None:
+            return []
+        log.warning("%s failed on %s: %s: %s", request.attempt, ref, failure.kind, failure.text)
+        placement = request.placement
+        if failure.kind in (FailureKind.TRANSFER, FailureKind.PEER_LOST):
+            self._bad_links[placement.prefill, placement.decode] = now + BAD_LINK_S
+        effects = self._change(request, partial(request.failed, failure, ref))
+        return effects + self._place_queued(now)
+
+    def _change(self, request: Request, transition: Callable[[], list[Order]]) -> list[Effect]:
+        """Runs one transition, and draws what follows for the tables and for the client."""
+        before = request.placement
+        effects = self._tell(transition())
+        if before is not None and request.placement is None:
+            self._loads.left(request.id)
+            for worker in before.workers:
+                del self._given[worker][request.id]
+                if not self._given[worker]:
+                    del self._given[worker]
+            if not request.over:
+                self._queue.appendleft(request)
+        if request.over:
+            del self._requests[request.id]
+            effects.append(End(request.id, request.error))
+        return effects
+
+    def _place_queued(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        queue, self._queue = self._queue, deque()
+        snapshot = self._snapshot(now) if queue else Snapshot(())
+        for request in queue:
+            if request.over:
+                continue
+            placed = self._place(request, snapshot, now)
+            if placed:
+                snapshot = self._snapshot(now)  # with its load
+            else:
+                self._queue.append(request)
+            effects += placed
+        return effects
+
+    def _place(self, request: Request, snapshot: Snapshot, now: float) -> list[Effect]:
+        """Nothing where no worker can take it now."""
+        placement = decide(self._policy, snapshot, request.wish)
+        if placement is None:
+            return []
+        self._loads.placed(request.id, placement, request.num_tokens)
+        for worker in placement.workers:
+            self._given.setdefault(worker, {})[request.id] = request
+        return self._tell(request.place(placement, self._address, now))
+
+    def _snapshot(self, now: float) -> Snapshot:
+        views = []
+        for member in self.members:
+            if member.state is MemberState.READY and now - member.heard <= SILENT_AFTER_S:
+                load = self._loads[member.ref]
+                views.append(
+                    WorkerView(
+                        member.ref,
+                        member.hello.role,
+                        member.hello.max_context,
+                        member.capacity,
+                        load.prefill_tokens,
+                        load.kv_tokens,
+                        load.num_requests,
+                    )
+                )
+        return Snapshot(tuple(views), frozenset(self._bad_links))
+
+    def _address(self, ref: WorkerRef) -> PeerAddress:
+        member = self.members.get(ref)
+        assert member is not None
+        return member.hello.address
+
+    def _tell(self, orders: Sequence[Order]) -> list[Effect]:
+        """Orders to workers that live; the others are beyond them."""
+        return [
+            Say(member.link, message)
+            for ref, message in orders
+            if (member := self.members.get(ref)) is not None
+        ]

@@ -1,0 +1,226 @@
+"""The life of one request, as a pure state machine: what happens goes in, effects come out.
+
+    QUEUED -> PLACED -> STREAMING -> DONE | FAILED | ABORTED
+      ^_________|__________|            replay: the attempt is lost, not the request
+
+An attempt is lost when a worker that it needs dies, when a worker gives it up, or when a
+worker's beats do not list it. The next one runs prompt + output so far, elsewhere or on
+a restarted worker, and draws the same tokens. All that dies within one attempt is one
+strike. After two strikes the request runs whole, alone on one worker; a third ends it.
+
+Tokens carry their absolute index in the output: each is emitted once, whoever sends it and
+however often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ..core.config import Policy
+from ..core.errors import RequestError, Unavailable
+from ..core.ids import Attempt, Task, WorkerRef
+from ..core.messages import (
+    Abort,
+    AttemptFailed,
+    FailureKind,
+    Key,
+    PeerAddress,
+    Place,
+    TokenItem,
+    ToWorker,
+)
+from ..core.params import SamplingParams
+from .policy import Placement, Wish
+
+MAX_STRIKES = 2  # after so many it runs alone
+
+Order = tuple[WorkerRef, ToWorker]
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    PLACED = "placed"
+    STREAMING = "streaming"
+    DONE = "done"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is to be generated. ``deadline`` is when it is over, done or not."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    deadline: float
+    route: Policy | None = None
+
+
+class Request:
+    """``orders`` of a call are what workers must be told; the caller tells those that live."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.state = State.QUEUED
+        self.output: list[int] = []
+        self.strikes = 0
+        self.num_cached_tokens: int | None = None  # of the prompt, at the first attempt
+        self.error: RequestError | None = None
+        self.placement: Placement | None = None
+        self.placed_at = 0.0
+        self._number = 1
+        self._num_before = 0  # tokens of the output that earlier attempts have drawn
+        self._decoding = False  # the decode worker has all it needs from the other
+
+    @property
+    def id(self) -> str:
+        return self.ask.request_id
+
+    @property
+    def attempt(self) -> Attempt:
+        return Attempt(self.id, self._number)
+
+    @property
+    def key(self) -> Key:
+        return Key(self.id, self._number)
+
+    @property
+    def over(self) -> bool:
+        return self.state in (State.DONE, State.FAILED, State.ABORTED)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ask.prompt) + len(self.output)
+
+    @property
+    def prefilled(self) -> bool:
+        """This attempt has drawn a token."""
+        return len(self.output) > self._num_before
+
+    @property
+    def alone(self) -> bool:
+        return self.strikes >= MAX_STRIKES
+
+    @property
+    def wish(self) -> Wish:
+        total = len(self.ask.prompt) + self.ask.params.max_tokens
+        return Wish(self.num_tokens, total, self.ask.route, self.alone)
+
+    def needs(self, worker: WorkerRef) -> bool:
+        """Whether this attempt is lost with that worker."""
+        if self.placement is None or worker not in self.placement.workers:
+            return False
+        return worker == self.placement.decode or not self._decoding
+
+    def listed_by(self, worker: WorkerRef, now: float, grace_s: float) -> bool:
+        """Whether that worker's beats must list this attempt by now."""
+        if self.placement is None or now - self.placed_at <= grace_s:
+            return False
+        return worker == self.placement.decode or (self.needs(worker) and not self.prefilled)
+
+    def place(
+        self, placement: Placement, address: Callable[[WorkerRef], PeerAddress], now: float
+    ) -> list[Order]:
+        """QUEUED -> PLACED. The decode worker is told first: it is to know what it is asked."""
+        assert self.state is State.QUEUED and self.placement is None
+        self.state = State.PLACED
+        self.placement = placement
+        self.placed_at = now
+        self._num_before = len(self.output)
+        self._decoding = False
+        if placement.whole:
+            return [(placement.decode, self._place(Task.WHOLE, None))]
+        prefill, decode = address(placement.prefill), address(placement.decode)
+        return [
+            (placement.decode, self._place(Task.DECODE, prefill)),
+            (placement.prefill, self._place(Task.PREFILL, decode)),
+        ]
+
+    def started(self, key: Key, num_cached_tokens: int) -> None:
+        if key == self.key and self.num_cached_tokens is None:
+            self.num_cached_tokens = min(num_cached_tokens, len(self.ask.prompt))
+
+    def token(self, item: TokenItem, worker: WorkerRef) -> list[Order]:
+        """Takes the token into ``output`` if it is the next one. A gap loses the attempt."""
+        placement = self.placement
+        if placement is None or item.key != self.key or worker not in placement.workers:
+            return []
+        if worker == placement.decode:
+            self._decoding = True
+        if item.index < len(self.output):
+            return []
+        if item.index > len(self.output):
+            return self.replay()
+        self.output.append(item.token_id)
+        self.state = State.STREAMING
+        ended = item.finish is not None
+        full = len(self.output) >= self.ask.params.max_tokens
+        if not ended and not full:
+            return []
+        orders = self._orders_to_abort()
+        if ended:  # by its sender, who knows; the other one may still wait for the transfer
+            orders = [order for order in orders if order[0] != worker]
+        self._over(State.DONE)
+        return orders
+
+    def failed(self, failure: AttemptFailed, worker: WorkerRef) -> list[Order]:
+        """A worker gave the attempt up."""
+        placement = self.placement
+        if placement is None or failure.key != self.key or worker not in placement.workers:
+            return []
+        if failure.kind is FailureKind.TOO_LARGE:
+            return self.fail(RequestError(failure.text, code="context_length_exceeded"))
+        return self.replay()
+
+    def replay(self, *, strike: bool = True) -> list[Order]:
+        """PLACED, STREAMING -> QUEUED, or FAILED at the third strike."""
+        assert self.placement is not None
+        if strike and self.alone:
+            return self.fail(
+                RequestError(
+                    "the workers that ran this request were lost, three times over",
+                    status=500,
+                    code="workers_lost",
+                )
+            )
+        orders = self._orders_to_abort()
+        self.strikes += strike
+        self.state = State.QUEUED
+        self.placement = None
+        self._number += 1
+        return orders
+
+    def expire(self) -> list[Order]:
+        """The deadline has come."""
+        if self.placement is None:
+            text = "no worker was there to take the request within its time"
+            return self.fail(Unavailable(text, code="no_workers"))
+        return self.fail(Unavailable("the request took too long", status=504, code="timeout"))
+
+    def fail(self, error: RequestError) -> list[Order]:
+        orders = self._orders_to_abort()
+        self.error = error
+        self._over(State.FAILED)
+        return orders
+
+    def end(self, state: State) -> list[Order]:
+        """ABORTED: nobody wants the answer any more. DONE: it is complete by a stop string."""
+        orders = self._orders_to_abort()
+        self._over(state)
+        return orders
+
+    def _over(self, state: State) -> None:
+        assert not self.over
+        self.state = state
+        self.placement = None
+
+    def _place(self, task: Task, peer: PeerAddress | None) -> Place:
+        ask = self.ask
+        return Place(self.key, task, ask.prompt, tuple(self.output), ask.params, peer)
+
+    def _orders_to_abort(self) -> list[Order]:
+        workers = self.placement.workers if self.placement is not None else ()
+        return [(worker, Abort(self.key)) for worker in workers]
