@@ -226,7 +226,7 @@ def _sum_kernel(
 
 
 def decode_attention(
-    q: Tensor, kv_layer: Tensor, scale: float, workspace: SplitWorkspace, out: Tensor | None = None
+    q: Tensor, kv_layer: Tensor, scale: float, workspace: SplitWorkspace
 ) -> Tensor:
     """See ``kernels.decode_attention.decode_attention``.
 
@@ -236,8 +236,7 @@ def decode_attention(
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     assert kv_layer.stride(4) == 1
     assert q.stride(2) == 1
-    if out is None:
-        out = torch.empty((batch, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((batch, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
     group = num_q_heads // num_kv_heads
     tuning = workspace.tuning
     block_d = triton.next_power_of_2(head_dim)

@@ -316,7 +316,6 @@ def paged_attention(
     batch: PrefillBatch,
     *,
     tuning: RaggedTuning | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """``q[T, Hq, D]`` over the pool's blocks -> ``[T, Hq, D]``."""
     assert kv_layer.stride(4) == 1
@@ -332,7 +331,6 @@ def paged_attention(
         scale,
         batch,
         tuning or RaggedTuning(),
-        out,
     )
 
 
@@ -344,7 +342,6 @@ def dense_attention(
     batch: PrefillBatch,
     *,
     tuning: RaggedTuning | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """``q[T, Hq, D]`` over ``k, v[sum of context_lens, Hkv, D]`` -> ``[T, Hq, D]``.
 
@@ -362,7 +359,7 @@ def dense_attention(
         )
         for dense in (k, v)
     ]
-    return _launch(q, sources[0], sources[1], num_kv_heads, 0, 0, 0, 1, scale, batch, tuning, out)
+    return _launch(q, sources[0], sources[1], num_kv_heads, 0, 0, 0, 1, scale, batch, tuning)
 
 
 def _launch(
@@ -377,13 +374,11 @@ def _launch(
     scale: float,
     batch: PrefillBatch,
     tuning: RaggedTuning,
-    out: Tensor | None,
 ) -> Tensor:
     """Grid: (tiles of the longest row, Hkv, B)."""
     _, num_q_heads, head_dim = q.shape
     assert q.stride(2) == 1
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = num_q_heads // num_kv_heads
     rows = len(batch.new_lens)
     _ragged_kernel[(triton.cdiv(max(batch.new_lens) * group, tuning.block_m), num_kv_heads, rows)](
