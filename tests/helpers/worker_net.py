@@ -12,6 +12,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from pdserve.core.ids import Attempt, Task, WorkerRef
 from pdserve.core.messages import (
@@ -40,7 +41,7 @@ from pdserve.worker.budget import Budget
 from pdserve.worker.core import WorkerCore
 from pdserve.worker.effects import Effect, Tell
 
-Action = Callable[[], None]
+Action = Callable[[], object]
 MODEL = SimulatedModel(vocab_size=64, eos_token_ids=(0, 1), eos_probability=0.05, token_bytes=16)
 
 
@@ -171,6 +172,7 @@ class Net:
         self.requests: dict[str, Request] = {}
         self.failures: Counter[FailureKind] = Counter()
         self.lossy = 0.0  # the chance of a message between workers to vanish
+        self.spies: list[Callable[[object], None]] = []  # see each message between workers
         self.damaging = 0.0  # the chance of a chunk to come in damaged
         self._channels: dict[tuple[str, ...], deque[Action]] = {}
 
@@ -244,7 +246,7 @@ class Net:
                 queue.clear()
         for worker in self.workers.values():
             if worker.name != name:
-                self._do(worker, worker.core.peer_lost(old.ref, "it died", self.now))
+                self.do(worker, worker.core.peer_lost(old.ref, "it died", self.now))
         for request in self.requests.values():
             if name in request.workers and not request.done:
                 self._replay(request)
@@ -257,7 +259,7 @@ class Net:
         for request in self.requests.values():
             request.done = True
         for worker in self.workers.values():
-            self._do(worker, worker.core.router_lost(self.now))
+            self.do(worker, worker.core.router_lost(self.now))
 
     def beat(self) -> None:
         """The router's half-second: it lists what it believes each worker has."""
@@ -273,7 +275,7 @@ class Net:
         worker = self.workers[name]
         self._put(
             ("router", name),
-            lambda: self._do(worker, worker.core.router_message(message, self.now)),
+            lambda: self.do(worker, worker.core.router_message(message, self.now)),
         )
 
     # the rim
@@ -281,7 +283,7 @@ class Net:
     def _put(self, channel: tuple[str, ...], action: Action) -> None:
         self._channels.setdefault(channel, deque()).append(action)
 
-    def _do(self, worker: Worker, effects: Iterable[Effect]) -> None:
+    def do(self, worker: Worker, effects: Iterable[Effect]) -> None:
         """Hands the effects to the queues they belong to, in order."""
         worker.plan_due = True
         worker.core.check()
@@ -311,14 +313,14 @@ class Net:
                 attempt, first = effect.attempt, message.first_block
                 self._put(
                     (worker.name, "sent"),
-                    lambda: self._do(worker, core.sent(attempt, first, self.now)),
+                    lambda: self.do(worker, core.sent(attempt, first, self.now)),
                 )
             case Write(attempt=attempt, first_block=first, blocks=blocks, frames=frames):
                 kv.write(blocks, frames)
                 ok = self.rng.random() >= self.damaging
                 self._put(
                     (worker.name, "written"),
-                    lambda: self._do(worker, core.written(attempt, first, ok, self.now)),
+                    lambda: self.do(worker, core.written(attempt, first, ok, self.now)),
                 )
 
     def _transmit(
@@ -328,6 +330,8 @@ class Net:
         message: object,
         frames: tuple[memoryview, ...],
     ) -> None:
+        for spy in self.spies:
+            spy(message)
         if self.rng.random() < self.lossy:
             return
         other = self.workers[peer.worker_id]
@@ -341,7 +345,7 @@ class Net:
         else:
             self._put(
                 (worker.name, "down", other.name),
-                lambda: self._do(
+                lambda: self.do(
                     other,
                     other.core.sender_message(worker.ref, message, self.now),  # type: ignore[arg-type]
                 ),
@@ -354,41 +358,44 @@ class Net:
             answer = worker.handshake.answer(message)
             self._io(worker, Send(peer, answer))
             return
-        self._do(worker, worker.core.receiver_message(peer, message, frames, self.now))  # type: ignore[arg-type]
+        self.do(worker, worker.core.receiver_message(peer, message, frames, self.now))  # type: ignore[arg-type]
 
     # the loop
 
-    def _actions(self) -> list[Action]:
-        actions: list[Action] = [queue.popleft for queue in self._channels.values() if queue]
-        return [lambda pop=pop: pop()() for pop in actions]  # type: ignore[misc]
+    def deliver_all(self) -> None:
+        """Empties all queues: no steps, no time."""
+        while queues := [queue for queue in self._channels.values() if queue]:
+            self.rng.choice(queues).popleft()()
 
-    def _plan(self, worker: Worker) -> None:
-        worker.plan_due = False
+    def plan(self, name: str) -> bool:
+        """Has a worker launch a step, if it has one."""
+        worker = self.workers[name]
         plan, effects = worker.core.plan(self.now)
         if plan is not None:
             worker.steps.append(worker.engine.launch(plan))
-            worker.plan_due = True
-        due = worker.plan_due
-        self._do(worker, effects)
-        worker.plan_due = due
+        self.do(worker, effects)
+        worker.plan_due = plan is not None
+        return worker.plan_due
 
-    def _complete(self, worker: Worker) -> None:
-        self._do(worker, worker.core.complete(worker.steps.popleft().wait(), self.now))
+    def complete(self, name: str) -> None:
+        """Has a worker read its oldest step."""
+        worker = self.workers[name]
+        self.do(worker, worker.core.complete(worker.steps.popleft().wait(), self.now))
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         self.now = self.next_tick
         self.next_tick += 0.25
         for worker in self.workers.values():
-            self._do(worker, worker.core.tick(self.now))
+            self.do(worker, worker.core.tick(self.now))
 
     def step(self) -> bool:
         """Does one thing; False where only time can pass."""
-        actions = self._actions()
-        for worker in self.workers.values():
+        actions: list[Action] = [partial(_pop, queue) for queue in self._channels.values() if queue]
+        for name, worker in self.workers.items():
             if worker.plan_due and len(worker.steps) < worker.shape.max_inflight:
-                actions.append(lambda worker=worker: self._plan(worker))  # type: ignore[misc]
+                actions.append(partial(self.plan, name))
             if worker.steps:
-                actions.append(lambda worker=worker: self._complete(worker))  # type: ignore[misc]
+                actions.append(partial(self.complete, name))
         if not actions:
             return False
         self.rng.choice(actions)()
@@ -399,32 +406,30 @@ class Net:
         for count in range(max_events):
             moved = self.step()
             if self.quiet:
-                self.finish()
                 return
             if not moved or count % 200 == 199:
-                self._tick()
+                self.tick()
                 if self.rng.random() < 0.3:
                     self.beat()
         raise AssertionError(f"still busy at {self.now:.1f} s: {self.state()}")
 
     @property
     def quiet(self) -> bool:
-        return all(request.done for request in self.requests.values()) and all(
-            not worker.core.beat().live and not worker.steps and not worker.core.blocks.held
-            for worker in self.workers.values()
+        """Nothing is under way, nothing live, nothing held."""
+        return (
+            not any(self._channels.values())
+            and all(request.done for request in self.requests.values())
+            and all(
+                not worker.core.beat().live and not worker.steps and not worker.core.blocks.held
+                for worker in self.workers.values()
+            )
         )
-
-    def finish(self) -> None:
-        """What is still on its way arrives, and changes nothing."""
-        for _ in range(2_000):
-            if not self.step():
-                break
-        for worker in self.workers.values():
-            worker.core.check()
-            assert worker.core.blocks.held == 0
-            assert worker.core.beat().live == ()
 
     def state(self) -> str:
         lines = [f"{w.name}: {w.core.beat()}" for w in self.workers.values()]
         lines += [f"{r.request_id[-4:]}: {r}" for r in self.requests.values() if not r.done]
         return "\n".join(lines)
+
+
+def _pop(queue: deque[Action]) -> None:
+    queue.popleft()()
