@@ -151,7 +151,7 @@ class TransferSection(_Section):
     medium: Medium = Medium.AUTO
     checksums: Switch = Switch.AUTO  # auto: on over tcp
     # this host's address for peers; auto: loopback, or the one that the router is reached from
-    host: str = "auto"
+    host: Text = "auto"
     lease_s: Seconds = 10.0  # unheard of for so long, a transfer is over
 
 
