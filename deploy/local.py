@@ -62,7 +62,8 @@ async def _serve(deployment: Deployment) -> int:
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(number, on_signal)
     run_dir = RunDir.create()
     try:
         launch = _Launch(deployment, run_dir.path)

@@ -11,6 +11,7 @@ import pytest
 
 import pdserve
 from pdserve import cli
+from pdserve.core import config
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
@@ -123,5 +124,5 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.config, "load", interrupted)
+    monkeypatch.setattr(config, "load", interrupted)
     assert cli.main(["check", str(SMOLLM2)]) == 130

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from pdserve.core.errors import StartupError
-from pdserve.deploy import rundir
 from pdserve.deploy.rundir import MAX_SOCKET_PATH, RunDir, base_folder
 
 HOLDER = """
@@ -82,7 +81,7 @@ def test_links_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_base_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     me = os.getuid()
-    monkeypatch.setattr(rundir.os, "getuid", lambda: me + 1)
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
     with pytest.raises(StartupError, match="belongs to someone else; set XDG_RUNTIME_DIR"):
         RunDir.create(tmp_path)
 
