@@ -247,7 +247,7 @@ class Dispatch:
                 self._queue.appendleft(request)
         if request.over:
             del self._requests[request.id]
-            effects.append(End(request.id, request.error))
+            effects.append(End(request.id, request.num_cached_tokens or 0, request.error))
         return effects
 
     def _place_queued(self, now: float) -> list[Effect]:

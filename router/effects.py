@@ -33,9 +33,13 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The request is over, and no more comes; ``error`` where it did not end well."""
+    """The request is over, and no more comes; ``error`` where it did not end well.
+
+    ``num_cached_tokens`` of the prompt were found in a prefix cache, as far as is known.
+    """
 
     request_id: str
+    num_cached_tokens: int = 0
     error: RequestError | None = None
 
 

@@ -1,0 +1,212 @@
+"""One answer over HTTP: in one body, or as server-sent events while it is generated.
+
+Nothing is sent before the first token: what goes wrong until then is a plain HTTP error.
+After it, an error is an event of its own, and the stream ends without ``[DONE]``. A client
+that hangs up, or reads too slowly for too long, cancels what is generated for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from ..core.errors import RequestError
+from ..core.messages import FinishReason, TokenItem
+from .api.bodies import Bodies, Choice, Json, Usage
+from .api.calls import Call
+from .errors import envelope, internal_error
+from .generation import Generation, Piece
+
+log = logging.getLogger(__name__)
+
+WRITE_TIMEOUT_S = 30.0  # for a client to read what it asked for
+
+_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # a proxy in front is to pass on what comes
+}
+
+
+class ClientGone(Exception):
+    """The client has hung up, or stopped reading."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What the log says of one call, when it is over. No text of it."""
+
+    call_id: str
+    started: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    ignored: tuple[str, ...] = ()
+    outcome: str = ""
+
+    def take(self, piece: Piece) -> None:
+        self.first = self.first or time.monotonic()
+        self.num_output_tokens += len(piece.items)
+
+
+class Answer:
+    def __init__(
+        self,
+        request: web.Request,
+        call: Call,
+        bodies: Bodies,
+        generations: Sequence[Generation],
+        trace: Trace,
+    ) -> None:
+        self._request = request
+        self._call = call
+        self._bodies = bodies
+        self._generations = generations
+        self._trace = trace
+        self._finishes: set[FinishReason] = set()
+
+    async def respond(self) -> web.StreamResponse:
+        """Raises RequestError while nothing has been sent, ClientGone where nobody listens."""
+        respond = self._streamed if self._call.fields.stream else self._whole
+        response = await respond()
+        if self._finishes:
+            self._trace.outcome = "+".join(sorted(self._finishes))
+        return response
+
+    async def _whole(self) -> web.StreamResponse:
+        choices = [Choice(generation.index) for generation in self._generations]
+        await _all([self._collect(*pair) for pair in zip(self._generations, choices, strict=True)])
+        return web.json_response(self._bodies.whole(choices, self._usage()), dumps=_dumps)
+
+    async def _collect(self, generation: Generation, choice: Choice) -> None:
+        items: list[TokenItem] = []
+        texts = []
+        while choice.finish is None:
+            piece = await self._next(generation)
+            texts.append(piece.text)
+            items += piece.items
+            choice.finish = piece.finish
+        choice.text = "".join(texts)
+        if self._call.num_logprobs is not None:
+            choice.logprobs, _ = self._bodies.logprobs(items, 0)
+
+    async def _streamed(self) -> web.StreamResponse:
+        events = _Events(self._request)
+        try:
+            await _all([self._pass_on(generation, events) for generation in self._generations])
+            if self._call.include_usage:
+                await events.send(self._bodies.usage_chunk(self._usage()))
+            await events.finish()
+        except RequestError as error:
+            await self._break_off(events, error)
+        except ClientGone:
+            raise
+        except Exception:
+            log.exception("a bug of ours")
+            await self._break_off(events, internal_error())
+        return events.response
+
+    async def _break_off(self, events: _Events, error: RequestError) -> None:
+        """Raises the error where nothing has been sent, and sends it as the last event else."""
+        if not events.begun:
+            raise error
+        self._finishes.clear()
+        self._trace.outcome = error.code or "failed"
+        await events.send(envelope(error))
+        await events.end()
+
+    async def _pass_on(self, generation: Generation, events: _Events) -> None:
+        offset = 0
+        first = True
+        finish = None
+        while finish is None:
+            piece = await self._next(generation)
+            finish = piece.finish
+            choice = Choice(generation.index, piece.text, finish)
+            if self._call.num_logprobs is not None:
+                choice.logprobs, offset = self._bodies.logprobs(piece.items, offset)
+            await events.send(*self._bodies.chunks(choice, first=first))
+            first = False
+
+    async def _next(self, generation: Generation) -> Piece:
+        piece = await generation.next()
+        self._trace.take(piece)
+        if piece.finish is not None:
+            self._finishes.add(piece.finish)
+        return piece
+
+    def _usage(self) -> Usage:
+        """A prompt counts once, however many choices were made from it."""
+        of_prompts = self._generations[:: self._call.fields.n]
+        return Usage(
+            num_prompt_tokens=sum(one.num_prompt_tokens for one in of_prompts),
+            num_output_tokens=sum(one.num_output_tokens for one in self._generations),
+            num_cached_tokens=sum(one.num_cached_tokens for one in of_prompts),
+        )
+
+
+class _Events:
+    """A stream of events. It begins with the first one that is sent."""
+
+    def __init__(self, request: web.Request) -> None:
+        self.response = web.StreamResponse(headers=_STREAM_HEADERS)
+        self._request = request
+        self._lock = asyncio.Lock()  # choices share the stream
+
+    @property
+    def begun(self) -> bool:
+        return self.response.prepared
+
+    async def send(self, *bodies: Json) -> None:
+        if bodies:
+            await self._write(b"".join(b"data: %b\n\n" % _dumps(body).encode() for body in bodies))
+
+    async def finish(self) -> None:
+        await self._write(b"data: [DONE]\n\n")
+        await self.end()
+
+    async def end(self) -> None:
+        async with _patience(self._request):
+            await self.response.write_eof()
+
+    async def _write(self, data: bytes) -> None:
+        async with self._lock, _patience(self._request):
+            if not self.begun:
+                await self.response.prepare(self._request)
+            await self.response.write(data)
+
+
+@contextlib.asynccontextmanager
+async def _patience(request: web.Request) -> AsyncIterator[None]:
+    """Waits for the client to read, but not for ever."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ClientGone("it does not read") from None
+    except ConnectionError:
+        raise ClientGone("it has hung up") from None
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Runs all to their end; what one of them raises ends the others and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def _dumps(body: Json) -> str:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,214 @@
+"""The HTTP application: OpenAI's paths, and those that say how the deployment is.
+
+POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}
+GET /health     200 while the process lives
+GET /ready      200 when requests can be served, else 503 and why not
+GET /cluster    the policy, and every worker with its state and blocks
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import quote
+
+from aiohttp import web
+
+from ..core.errors import RequestError
+from .answer import Answer, ClientGone, Trace
+from .api.bodies import ChatBodies, CompletionBodies
+from .api.calls import Call, parse_chat, parse_completion
+from .errors import error_response, internal_error, of_http
+from .front import Front
+from .membership import Member
+
+log = logging.getLogger(__name__)
+
+BODY_TIMEOUT_S = 60.0  # for a client to send what it asks
+_MAX_IGNORED_SHOWN = 32  # names of fields
+
+_TRACE = web.RequestKey("trace", Trace)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(front: Front) -> web.Application:
+    app = web.Application(client_max_size=front.max_body, middlewares=[_traced])
+    app.on_response_prepare.append(_name)
+    handlers = _Handlers(front)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", handlers.chat),
+            web.post("/v1/completions", handlers.completions),
+            web.get("/v1/models", handlers.models),
+            web.get("/v1/models/{name:.+}", handlers.model),
+            web.get("/health", handlers.health),
+            web.get("/ready", handlers.ready),
+            web.get("/cluster", handlers.cluster),
+        ]
+    )
+    return app
+
+
+class _Handlers:
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._created = int(time.time())
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, parse_chat)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, parse_completion)
+
+    async def _answer(
+        self, request: web.Request, parse: Callable[[bytes], Call]
+    ) -> web.StreamResponse:
+        front, trace = self._front, request[_TRACE]
+        call = parse(await _body(request))
+        trace.ignored = call.ignored
+        front.check(call)
+        with front.service.admitted(call.num_choices):
+            generations = await front.generate(call)
+            trace.num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
+            make = ChatBodies if call.chat else CompletionBodies
+            bodies = make(trace.call_id, front.card.name, front.tokenizer, call.include_usage)
+            try:
+                return await Answer(request, call, bodies, generations, trace).respond()
+            finally:
+                for generation in generations:
+                    generation.close()
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        if request.match_info["name"] != self._front.card.name:
+            raise RequestError(
+                "there is no such model here",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return web.json_response(self._model())
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        reason = self._front.service.not_ready
+        if reason is None:
+            return web.json_response({"status": "ready"})
+        return web.json_response({"status": "not ready", "reason": reason}, status=503)
+
+    async def cluster(self, request: web.Request) -> web.Response:
+        members = self._front.service.dispatch.members
+        return web.json_response(
+            {"policy": self._front.policy, "workers": [_shown(member) for member in members]}
+        )
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._front.card.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "pdserve",
+            "max_model_len": self._front.max_context,
+        }
+
+
+def _shown(member: Member) -> dict[str, Any]:
+    hello, blocks = member.hello, member.blocks
+    return {
+        "id": member.ref.worker_id,
+        "role": hello.role,
+        "state": member.state,
+        "pid": hello.pid,
+        "epoch": member.ref.epoch,
+        "endpoint": hello.address.endpoint,
+        "blocks": {
+            "total": blocks.total,
+            "free": blocks.free,
+            "cached": blocks.cached,
+            "held": blocks.held,
+        },
+        "waiting": member.waiting,
+        "running": member.running,
+    }
+
+
+@web.middleware
+async def _traced(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A name for each request, one envelope for each error, one line of log for each call."""
+    trace = request[_TRACE] = Trace(secrets.token_hex(12))
+    status = "-"
+    try:
+        try:
+            response = await handler(request)
+        except ClientGone as gone:
+            trace.outcome = f"client gone: {gone}"
+            return web.Response(status=499)  # which nobody reads
+        except web.HTTPException as error:
+            response = error_response(of_http(error))
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+            trace.outcome = "refused"
+        except RequestError as error:
+            response = error_response(error)
+            trace.outcome = " ".join(filter(None, (error.code or "failed", error.param)))
+        except Exception:
+            log.exception("a bug of ours, in request %s", trace.call_id)
+            response = error_response(internal_error())
+            trace.outcome = "internal_error"
+        status = str(response.status)
+        return response
+    except asyncio.CancelledError:
+        trace.outcome = "client gone"
+        raise
+    finally:
+        if request.path.startswith("/v1/") and (request.method == "POST" or status != "200"):
+            _log(request, trace, status)
+
+
+def _log(request: web.Request, trace: Trace, status: str) -> None:
+    times = [f"total={time.monotonic() - trace.started:.3f}s"]
+    if trace.first is not None:
+        times.insert(0, f"first={trace.first - trace.started:.3f}s")
+    log.info(
+        "%s %s %s %s %s; prompt=%d output=%d %s",
+        trace.call_id,
+        request.method,
+        request.rel_url.raw_path,
+        status,
+        trace.outcome or "ok",
+        trace.num_prompt_tokens,
+        trace.num_output_tokens,
+        " ".join(times),
+    )
+
+
+async def _name(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """The headers that every response bears."""
+    trace = request.get(_TRACE)
+    if trace is None:  # refused before it was a request
+        return
+    response.headers["X-Request-Id"] = trace.call_id
+    if trace.ignored:
+        names = trace.ignored[:_MAX_IGNORED_SHOWN]
+        response.headers["X-Ignored-Fields"] = ", ".join(quote(name[:64]) for name in names)
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await request.read()
+    except TimeoutError:
+        raise RequestError("the body did not come", status=408, code="body_timeout") from None
+    except web.RequestPayloadError:
+        raise RequestError("the body can't be decoded", code="invalid_body") from None
+    except ConnectionError:
+        raise ClientGone("it sent half a body") from None

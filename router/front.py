@@ -1,0 +1,111 @@
+"""What stands between the REST interface and the dispatcher: prompts become requests."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+
+from ..core.card import ModelCard
+from ..core.config import Deployment, Policy
+from ..core.errors import RequestError
+from ..core.ids import new_request_id
+from .api.calls import Call, Chat, Prompt, TokenIds
+from .generation import Generation
+from .policy import can_split
+from .requests import Ask
+from .service import Service
+from .tokenizer import Tokenizer
+
+_SHORT_TEXT = 4096  # characters; a longer one is tokenized on another thread
+_MIN_BODY = 4 << 20  # bytes
+_BODY_PER_TOKEN = 32  # bytes of a body for each token that the context may have
+
+
+class Front:
+    def __init__(
+        self, deployment: Deployment, card: ModelCard, tokenizer: Tokenizer, service: Service
+    ) -> None:
+        limit = deployment.model.max_context
+        self.card = card
+        self.service = service
+        self.tokenizer = tokenizer
+        self.policy = deployment.router.policy
+        self._router = deployment.router
+        self._pools = deployment.pools
+        self._max_context = card.max_context if limit == "auto" else min(limit, card.max_context)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.service.dispatch.max_context(self._max_context)
+
+    @property
+    def max_body(self) -> int:
+        return max(_MIN_BODY, _BODY_PER_TOKEN * self._max_context)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def check(self, call: Call) -> None:
+        """Raises RequestError for another model, or a route that there is not."""
+        if call.fields.model != self.card.name:
+            raise RequestError(
+                f"there is no model {call.fields.model[:100]!r} here, but {self.card.name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        joinable = self._router.control is not None
+        if call.route is Policy.DISAGGREGATED and not (joinable or can_split(self._pools)):
+            raise RequestError(
+                "route: this deployment has no two workers to split a request between",
+                param="route",
+                code="invalid_value",
+            )
+
+    async def generate(self, call: Call) -> list[Generation]:
+        """Tokenizes the prompts, and opens a request for each choice."""
+        prompts = [await self._token_ids(prompt) for prompt in call.prompts]
+        seed = secrets.randbits(63) if call.fields.seed is None else call.fields.seed % 2**63
+        deadline = self.service.deadline()
+        asks = [
+            Ask(
+                new_request_id(),
+                prompt,
+                call.params(
+                    prompt,
+                    choice=choice,
+                    seed=seed,
+                    max_context=self.max_context,
+                    vocab_size=self.card.vocab_size,
+                ),
+                deadline,
+                call.route,
+            )
+            for prompt in prompts
+            for choice in range(call.fields.n)
+        ]
+        return [
+            Generation(index, self.service.open(ask), self.tokenizer.decode, call.fields.stops)
+            for index, ask in enumerate(asks)
+        ]
+
+    async def _token_ids(self, prompt: Prompt) -> TokenIds:
+        match prompt:
+            case str(text):
+                size = len(text)
+            case Chat(messages):
+                size = sum(len(message["content"]) for message in messages)
+            case token_ids:
+                return token_ids
+        if size <= _SHORT_TEXT:
+            return self._encode(prompt)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._encode, prompt)
+
+    def _encode(self, prompt: str | Chat) -> TokenIds:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        return tuple(self.tokenizer.encode_chat(prompt.messages))

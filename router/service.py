@@ -1,0 +1,164 @@
+"""The rim around ``Dispatch``: it reads the clock, owns the sockets, wakes those who wait.
+
+One ``Stream`` is one request of a client. Whoever opened it reads it to its end, or closes
+it: then the workers are told at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from ..core.clock import Clock
+from ..core.config import Admission, RouterSection
+from ..core.errors import RequestError, Unavailable
+from ..core.messages import TokenItem, ToRouter
+from .control import ControlSockets
+from .dispatch import Dispatch
+from .effects import Effect, Emit, End, Link, Say
+from .requests import Ask, State
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+BEAT_S = 0.5
+
+
+class Stream:
+    """The tokens of one request. They are no more than its max_tokens, so nothing overflows."""
+
+    def __init__(self, service: Service, ask: Ask) -> None:
+        self.ask = ask
+        self.num_cached_tokens = 0  # of the prompt; known at the end
+        self._service = service
+        self._items: deque[TokenItem] = deque()
+        self._ended = False
+        self._error: RequestError | None = None
+        self._changed = asyncio.Event()
+
+    async def take(self) -> Sequence[TokenItem]:
+        """All tokens that have come since; none at the end. Raises what ended the request."""
+        while not self._items and not self._ended:
+            self._changed.clear()
+            await self._changed.wait()
+        if not self._items and self._error is not None:
+            raise self._error
+        items = tuple(self._items)
+        self._items.clear()
+        return items
+
+    def close(self, state: State) -> None:
+        """The reader wants no more; nothing happens where the request is over."""
+        self._service.close(self.ask.request_id, state)
+
+    def put(self, item: TokenItem) -> None:
+        self._items.append(item)
+        self._changed.set()
+
+    def end(self, end: End) -> None:
+        self._ended = True
+        self.num_cached_tokens = end.num_cached_tokens
+        self._error = end.error
+        self._changed.set()
+
+
+class Service:
+    def __init__(
+        self, dispatch: Dispatch, control: ControlSockets, router: RouterSection, clock: Clock
+    ) -> None:
+        self.dispatch = dispatch
+        self._control = control
+        control.receive = self.receive
+        self._router = router
+        self._clock = clock
+        self._streams: dict[str, Stream] = {}
+        self._num_in_house = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why new requests should go elsewhere, if they should."""
+        return "the server is shutting down" if self._draining else self.dispatch.missing()
+
+    @contextlib.contextmanager
+    def admitted(self, num_requests: int) -> Iterator[None]:
+        """Counts requests in the house, from their arrival on; Unavailable where it is full."""
+        if self._draining:
+            raise Unavailable("the server is shutting down", code="draining")
+        queueing = self._router.admission is Admission.QUEUE
+        if queueing and self._num_in_house + num_requests > self._router.max_queue:
+            raise Unavailable(
+                f"{self._num_in_house} requests are here already, of {self._router.max_queue}",
+                status=429,
+                code="queue_full",
+                retry_after=1.0,
+            )
+        self._num_in_house += num_requests
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_in_house -= num_requests
+            if not self._num_in_house:
+                self._idle.set()
+
+    def deadline(self) -> float:
+        """For a request that arrives now."""
+        return self._clock() + self._router.request_timeout_s
+
+    def open(self, ask: Ask) -> Stream:
+        stream = self._streams[ask.request_id] = Stream(self, ask)
+        self._run(self.dispatch.submit(ask, self._clock()))
+        return stream
+
+    def close(self, request_id: str, state: State) -> None:
+        self._run(self.dispatch.end(request_id, state))
+
+    def receive(self, link: Link, message: ToRouter) -> None:
+        self._run(self.dispatch.receive(link, message, self._clock()))
+
+    async def keep_time(self) -> None:
+        """Ticks and beats, until cancelled."""
+        next_beat = self._clock()
+        while True:
+            self._control.read()  # what has come before is older than this tick
+            now = self._clock()
+            self._run(self.dispatch.tick(now))
+            if now >= next_beat:
+                next_beat = now + BEAT_S
+                self._run(self.dispatch.beats())
+            await asyncio.sleep(TICK_S)
+
+    async def drain(self, limit_s: float, hurry: asyncio.Event) -> None:
+        """No new requests; those that are here may end within the limit, then workers leave."""
+        self._draining = True
+        waits = [asyncio.create_task(self._idle.wait()), asyncio.create_task(hurry.wait())]
+        await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        if self._streams:
+            log.warning("%d requests did not end in time", len(self._streams))
+        error = Unavailable("the server has been shut down", code="draining")
+        self._run(self.dispatch.fail_all(error))
+        self._run(self.dispatch.drain())
+
+    def _run(self, effects: Sequence[Effect]) -> None:
+        """Executes effects, and those that follow from a link that turns out to be gone."""
+        todo = deque(effects)
+        while todo:
+            effect = todo.popleft()
+            match effect:
+                case Say(link, message):
+                    if not self._control.send(link, message):
+                        todo.extend(self.dispatch.unreachable(link, self._clock()))
+                case Emit(request_id, item):
+                    if (stream := self._streams.get(request_id)) is not None:
+                        stream.put(item)
+                case End(request_id):
+                    if (stream := self._streams.pop(request_id, None)) is not None:
+                        stream.end(effect)
