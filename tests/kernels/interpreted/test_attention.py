@@ -1,0 +1,132 @@
+"""Both attentions in Triton against float64; the pool is NaN wherever they must not look."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdserve.bench.kernel_cases import Chunks, PagedContexts, relative_error
+from pdserve.kernels.gpu.decode_attention import DecodeTuning, SplitWorkspace, decode_attention
+from pdserve.kernels.gpu.ragged_attention import (
+    RaggedTuning,
+    dense_attention,
+    gather_contexts,
+    paged_attention,
+)
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+SCALE = 0.11
+
+
+def _split(
+    contexts: PagedContexts, num_q_heads: int, max_batch: int, tuning: DecodeTuning
+) -> SplitWorkspace:
+    workspace = SplitWorkspace(
+        max_batch=max_batch,
+        num_q_heads=num_q_heads,
+        num_kv_heads=contexts.pool.shape[3],
+        head_dim=contexts.pool.shape[5],
+        device=torch.device("cpu"),
+        tuning=tuning,
+    )
+    workspace.prepare(contexts.block_tables, contexts.context_lens_tensor)
+    return workspace
+
+
+@pytest.mark.parametrize(
+    ("group", "num_kv_heads", "head_dim", "context_lens", "block_n", "dtype"),
+    [
+        (1, 2, 80, (33,), 16, torch.float32),
+        (3, 3, 64, (5, 0, 100, 1), 16, torch.float32),
+        (3, 1, 64, (0, 70, 129), 32, torch.float16),
+        (4, 2, 128, (64, 17), 32, torch.float16),
+        (7, 1, 96, (0,), 16, torch.float32),
+        (7, 1, 96, (31,), 64, torch.float32),
+        (8, 1, 256, (16, 15), 16, torch.float32),
+    ],
+)
+def test_decode(
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    context_lens: tuple[int, ...],
+    block_n: int,
+    dtype: torch.dtype,
+) -> None:
+    contexts = PagedContexts.create(
+        context_lens,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        spread=2,
+        poisoned_tails=True,
+    )
+    num_q_heads = group * num_kv_heads
+    q = torch.randn(len(context_lens), num_q_heads + 2, head_dim).to(dtype)[:, 1:-1]
+    exact = contexts.exact_decode(q, SCALE)
+    # Eight multiprocessors: many pieces a row, and one.
+    for programs in (1, 8):
+        tuning = DecodeTuning(block_n=block_n, programs=programs)
+        workspace = _split(contexts, num_q_heads, 5, tuning)
+        out = decode_attention(q, contexts.kv_layer, SCALE, workspace)
+        assert relative_error(out, exact) < TOLERANCE[dtype]
+        assert not out[[length == 0 for length in context_lens]].any()
+
+
+@pytest.mark.parametrize("context_lens", [(1,), (0, 0, 0), (500, 1, 0, 77), (64,) * 9, (1000,)])
+@pytest.mark.parametrize("programs", [1, 3, 16])
+def test_the_plan_covers_each_context_once(context_lens: tuple[int, ...], programs: int) -> None:
+    contexts = PagedContexts.create(
+        context_lens, num_kv_heads=1, head_dim=8, dtype=torch.float32, num_layers=1
+    )
+    plan = _split(contexts, 1, 9, DecodeTuning(block_n=16, programs=programs))
+    first = plan.first_piece.tolist()
+    batch = len(context_lens)
+    assert first[0] == 0
+    assert first[batch] <= plan.wanted_pieces + batch
+    for row, length in enumerate(context_lens):
+        count = first[row + 1] - first[row]
+        size = int(plan.piece_lens[row])
+        assert plan.rows[first[row] : first[row + 1]].tolist() == [row] * count
+        assert size % 16 == 0
+        assert count == -(-length // size) if length else count == 0
+
+
+@pytest.mark.parametrize(
+    ("group", "num_kv_heads", "head_dim", "new_lens", "context_lens", "dtype"),
+    [
+        (1, 2, 80, (33,), (33,), torch.float32),
+        (3, 2, 64, (5, 40, 1), (5, 100, 33), torch.float32),
+        (4, 1, 128, (17, 16), (40, 16), torch.float16),
+        (7, 1, 96, (9,), (25,), torch.float32),
+        (8, 1, 256, (6,), (22,), torch.float32),
+    ],
+)
+def test_prefill(
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    new_lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    contexts = PagedContexts.create(
+        context_lens,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        spread=2,
+        poisoned_tails=True,
+    )
+    chunks = Chunks.create(new_lens, contexts, num_q_heads=group * num_kv_heads)
+    exact = chunks.exact(SCALE)
+    tuning = RaggedTuning(block_m=32, block_n=16)
+    out = paged_attention(chunks.q, contexts.kv_layer, SCALE, chunks.batch, tuning=tuning)
+    assert relative_error(out, exact) < TOLERANCE[dtype]
+
+    k, v = gather_contexts(contexts.kv_layer, chunks.batch)
+    for part, index in ((k, 0), (v, 1)):
+        rows = [contexts.keys_values(row)[index] for row in range(len(new_lens))]
+        assert torch.equal(part, torch.cat(rows))
+    out = dense_attention(chunks.q, k, v, SCALE, chunks.batch, tuning=tuning)
+    assert relative_error(out, exact) < TOLERANCE[dtype]
