@@ -179,6 +179,7 @@ class Sender:
         """Leases, resends, beats. Call it several times a second."""
         effects: list[SenderEffect] = []
         for link in list(self._links.values()):
+            effects += self._beat(link, now)  # first, for a Connect in it lets the rest in
             for transfer in list(link.transfers.values()):
                 if transfer.over:
                     continue
@@ -187,7 +188,6 @@ class Sender:
                 elif now >= transfer.resend_at:
                     effects += self._resend(link, transfer, now)
             effects += self._pump(link, now)
-            effects += self._beat(link, now)
             if link.transfers:
                 link.quiet_since = now
             elif now - link.quiet_since >= self._settings.lease_s:
@@ -315,8 +315,7 @@ class Sender:
         """Everything unanswered, once more; too often without any progress, and it is over."""
         if not transfer.granted:
             transfer.resend_at = now + self._settings.resend_s
-            starting = Starting(transfer.key, transfer.num_tokens)
-            return [*self._connect(link, now), Send(link.address, starting)]
+            return [Send(link.address, Starting(transfer.key, transfer.num_tokens))]
         if transfer.sending or not (transfer.chunks or transfer.commit_sent):
             transfer.resend_at = now + self._settings.backoff_s(transfer.num_resends)
             return []  # the turn is with our own rim, or with P
@@ -328,7 +327,7 @@ class Sender:
             return self._give_up(link, transfer, FailureKind.TRANSFER, text, now)
         transfer.num_resends += 1
         transfer.resend_at = now + self._settings.backoff_s(transfer.num_resends)
-        effects: list[SenderEffect] = [*self._connect(link, now)]
+        effects: list[SenderEffect] = []
         for first, chunk in transfer.chunks.items():
             chunk.sending = True
             effects.append(self._send_chunk(link, transfer, first, chunk.num_blocks))
