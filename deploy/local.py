@@ -27,7 +27,7 @@ from ..core import config
 from ..core.card import ModelCard
 from ..core.config import Deployment
 from ..core.errors import ConfigError, StartupError
-from . import fetch
+from . import fetch, status
 from .backoff import RestartPolicy
 from .child import Child, describe_exit
 from .commands import ROUTER, RunFiles
@@ -39,7 +39,7 @@ from .supervisor import Stage, Supervisor
 log = logging.getLogger(__name__)
 
 START_LIMIT_S = 1800.0  # for weights to be converted, and again for them to be loaded
-ROUTER_DRAIN_S = 40.0  # it bounds its own draining below that
+ROUTER_DRAIN_S = 20.0  # it bounds its own draining below that
 WORKER_DRAIN_S = 10.0
 _POLL_S = 0.1
 
@@ -154,16 +154,20 @@ class _Launch:
             raise StartupError(f"preparing the weights failed ({describe_exit(code)}){words}")
 
     async def _ready(self) -> tuple[str, int]:
-        """Waits until the router says that it can serve; its host and port."""
+        """Waits until all workers of this host are in and the router can serve; its address."""
         while True:
-            if self._files.http.exists():
+            with contextlib.suppress(FileNotFoundError, fetch.Unreachable):
                 found = json.loads(self._files.http.read_bytes())
                 host, port = reachable(found["host"]), int(found["port"])
-                with contextlib.suppress(fetch.Unreachable):
-                    url = f"http://{host}:{port}/ready"
-                    if (await asyncio.to_thread(fetch.get_json, url, 2.0))[0] == 200:
-                        return host, port
+                if await asyncio.to_thread(self._serves, f"http://{host}:{port}"):
+                    return host, port
             await asyncio.sleep(_POLL_S)
+
+    def _serves(self, url: str) -> bool:
+        if not {spec.worker_id for spec in self._workers} <= status.read_cluster(url).ready:
+            return False
+        # Where others may join, the workers of this host need not be enough.
+        return self._deployment.router.control is not None or status.not_ready(url) is None
 
 
 def reachable(host: str) -> str:

@@ -116,7 +116,7 @@ def test_keys_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_status_of_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "http://127.0.0.1:1"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("pdserve: no answer from http://127.0.0.1:1/cluster: ")
+    assert error.startswith("pdserve: no answer from http://127.0.0.1:1/ready: ")
     assert error.count("\n") == 1
 
 

@@ -68,10 +68,18 @@ def router(deployment: config.Deployment, run_dir: Path) -> None:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            ready = len(list(run_dir.glob("joined-*"))) >= wanted
-            self.send_response(200 if self.path == "/ready" and ready else 503)
+            joined = [path.name.removeprefix("joined-") for path in run_dir.glob("joined-*")]
+            ready = len(joined) >= wanted
+            blocks = {"total": 1, "free": 1, "cached": 0, "held": 0}
+            counts = {"pid": 1, "running": 0, "waiting": 0, "blocks": blocks}
+            workers = [
+                {"id": name, "role": name.split("-")[0], "state": "ready", **counts}
+                for name in joined
+            ]
+            body = {"policy": "adaptive", "workers": workers} if self.path == "/cluster" else {}
+            self.send_response(200 if ready or self.path == "/cluster" else 503)
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(json.dumps(body).encode())
 
         def log_message(self, *_: object) -> None:
             pass
