@@ -73,7 +73,7 @@ class Endpoints:
 
     def listen(self, endpoint: str) -> Socket:
         """A bound ROUTER; ConfigError where that can't be."""
-        router = self._socket(zmq.ROUTER)
+        router = self._socket(zmq.ROUTER, endpoint)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         router.setsockopt(zmq.HANDSHAKE_IVL, int(self._limits.handshake_s * 1000))
         try:
@@ -98,7 +98,7 @@ class Endpoints:
             return f"{peer.ref} listens at {peer.endpoint}, which is not reached by {scheme}"
         if peer.public_key != self.public_key:
             return f"{peer.ref} and this worker do not have the same security.keys"
-        dealer = self._socket(zmq.DEALER)
+        dealer = self._socket(zmq.DEALER, peer.endpoint)
         dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a peer that is not there
         dealer.setsockopt(zmq.RECONNECT_IVL, 100)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -129,12 +129,12 @@ class Endpoints:
         router.zap_domain = _DOMAIN.encode()
         router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
-    def _socket(self, kind: int) -> Socket:
+    def _socket(self, kind: int, endpoint: str) -> Socket:
         socket = self._context.socket(kind)
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = self._limits.high_water
         socket.setsockopt(zmq.MAXMSGSIZE, self._frame_bytes)
-        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.IPV6, int("[" in endpoint))
         for option, seconds in (
             (zmq.HEARTBEAT_IVL, self._limits.heartbeat_s),
             (zmq.HEARTBEAT_TIMEOUT, self._limits.heartbeat_timeout_s),

@@ -51,7 +51,8 @@ from .events import Answered, KvEvent, Received, Sent, SocketLost, Written
 
 log = logging.getLogger(__name__)
 
-Outgoing: TypeAlias = Send | SendChunk
+# a message already encoded, or a chunk, whose blocks are read when the socket takes it
+_Waiting: TypeAlias = bytes | SendChunk
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -60,7 +61,7 @@ class _Line:
 
     ref: WorkerRef
     used_at: float
-    queue: deque[Outgoing] = field(default_factory=deque)
+    queue: deque[_Waiting] = field(default_factory=deque)
     blocked_since: float | None = None
     warned: bool = False
 
@@ -157,7 +158,7 @@ class KvSockets:
             return []  # closed since it was polled
         return list(read)
 
-    def send(self, effect: Outgoing, now: float) -> list[KvEvent]:
+    def send(self, effect: Send | SendChunk, now: float) -> list[KvEvent]:
         """Sends now if the socket takes it, else when it does (``flush``)."""
         line: _Line | str | None
         if isinstance(effect.peer, PeerAddress):
@@ -171,7 +172,12 @@ class KvSockets:
         if len(line.queue) >= self._limits.max_queue:
             self.num_dropped += 1
             return _sent([effect])
-        line.queue.append(effect)
+        if isinstance(effect, SendChunk):
+            line.queue.append(effect)
+        elif isinstance(line, _Guest):
+            line.queue.append(TO_SENDER.encode(cast(ToSender, effect.message)))
+        else:
+            line.queue.append(TO_RECEIVER.encode(cast(ToReceiver, effect.message)))
         return self._drain(line, now) if len(line.queue) == 1 else []
 
     def write(self, effect: Write) -> Written:
@@ -262,22 +268,22 @@ class KvSockets:
         line.blocked_since = None
         return events
 
-    def _transmit(self, line: _Line, effect: Outgoing) -> None:
+    def _transmit(self, line: _Line, waiting: _Waiting) -> None:
         """Raises zmq.Again where the socket takes nothing now; a message goes whole or not."""
         if isinstance(line, _Guest):
-            answer = TO_SENDER.encode(cast(ToSender, effect.message))
-            self._router.send_multipart([line.routing_id, answer], zmq.NOBLOCK)
+            assert isinstance(waiting, bytes)
+            self._router.send_multipart([line.routing_id, waiting], zmq.NOBLOCK)
             return
         assert isinstance(line, _Dialled)
+        if isinstance(waiting, bytes):
+            line.socket.send(waiting, zmq.NOBLOCK)
+            return
         if not line.socket.poll(0, zmq.POLLOUT):
             raise zmq.Again  # before any block is read
-        if isinstance(effect, Send):
-            line.socket.send(TO_RECEIVER.encode(cast(ToReceiver, effect.message)), zmq.NOBLOCK)
-            return
-        if effect.tail_tokens:
-            self._pool.zero_tail(effect.blocks[-1], effect.tail_tokens)
-        blocks = self._pool.read(effect.blocks)
-        message = effect.message
+        if waiting.tail_tokens:
+            self._pool.zero_tail(waiting.blocks[-1], waiting.tail_tokens)
+        blocks = self._pool.read(waiting.blocks)
+        message = waiting.message
         if self._checksums:
             checksums = tuple(xxhash.xxh3_64_intdigest(block) for block in blocks)
             message = replace(message, checksums=checksums)
@@ -364,7 +370,7 @@ class KvSockets:
             log.warning("dropped from a stranger: %s", what)
 
 
-def _sent(effects: Iterable[Outgoing]) -> list[KvEvent]:
+def _sent(effects: Iterable[_Waiting | Send]) -> list[KvEvent]:
     """The ``Sent`` that each chunk is owed, whether it left or not."""
     return [
         Sent(effect.attempt, effect.message.first_block)
