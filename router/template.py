@@ -42,7 +42,7 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **self._variables,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}",
                 param="messages",
