@@ -92,7 +92,7 @@ class World:
         self.writing: Counter[int] = Counter()
         self.knows_p = False  # D's rim has accepted a Connect: there is a way to and fro
         self._answers = handshake(D, ADDRESS.token)
-        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._agenda: list[tuple[float, int, Callable[[], object]]] = []
         self._num_events = 0
         self._tick()
 
@@ -125,7 +125,7 @@ class World:
             action()
         self.now = until
 
-    def later(self, delay: float, action: Callable[[], None]) -> None:
+    def later(self, delay: float, action: Callable[[], object]) -> None:
         self._num_events += 1
         heapq.heappush(self._agenda, (self.now + delay, self._num_events, action))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 
 import pytest
@@ -26,10 +27,8 @@ def play(
     world = World(random, faults, calm_at, router_at=CALM_AT + SETTINGS.tombstone_s)
     for name in range(num_transfers):
         num_tokens, num_cached = random.randint(1, 60), random.choice([0, 0, 0, 1, 3, 99])
-        world.later(
-            random.uniform(0, arrivals),
-            lambda name=name, n=num_tokens, c=num_cached: world.tell(n, c, attempt(name)),  # type: ignore[misc]
-        )
+        tell = partial(world.tell, num_tokens, num_cached, attempt(name))
+        world.later(random.uniform(0, arrivals), tell)
     world.run(END)
     world.check()
     return world

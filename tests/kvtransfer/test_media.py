@@ -16,7 +16,7 @@ from kv_hosts import BLOCK_BYTES, Host, drive, moved
 from kv_parts import attempt
 
 from pdserve.core.errors import ConfigError
-from pdserve.core.ids import WorkerRef
+from pdserve.core.ids import Attempt, WorkerRef
 from pdserve.core.keys import Keys, load_keys, new_keys, secure_client
 from pdserve.core.messages import FailureKind, Key
 from pdserve.kvtransfer.effects import Released, Runnable, Send, SendChunk, SendFailed, Write
@@ -58,6 +58,10 @@ def make_host() -> Iterator[MakeHost]:
         yield make
 
 
+def done_with(which: Attempt, *hosts: Host) -> Callable[[], bool]:
+    return lambda: all(host.endings.get(which) for host in hosts)
+
+
 def ended(*hosts: Host) -> bool:
     return all(host.endings for host in hosts)
 
@@ -95,7 +99,7 @@ def test_idle_sockets_are_closed_and_opened_again(make_host: MakeHost) -> None:
         p.fill(5, seed=which.request_id.count("2"))
         d.expect(which, p.ref, 5)
         p.start(which, d.address, 5)
-        drive([p, d], lambda which=which: bool(p.endings.get(which) and d.endings.get(which)))
+        drive([p, d], done_with(which, p, d))
         assert moved(p, d, 5)
         assert len(p.kv.sockets()) == 2
         for host in (p, d):
@@ -179,7 +183,7 @@ def test_a_peer_that_stops_reading_loses_its_socket(make_host: MakeHost) -> None
     limits = SocketLimits(stall_s=0.4, high_water=2, max_queue=100)
     p, hung, well = make_host("p", limits=limits), make_host("hung"), make_host("well")
     sent: Counter[int] = Counter()
-    events = []
+    events: list[object] = []
     for effect in chunks(hung, 150, 120):  # 72 MB
         events += p.kv.send(effect, p.now)
     assert p.kv.num_dropped > 0  # its queue is bounded, and full
@@ -221,11 +225,10 @@ def drive_without_events(
 
 def test_a_guest_that_stops_reading_is_dropped(make_host: MakeHost) -> None:
     """One that dialled in and takes no answers; the other guests get theirs."""
-    d = make_host("d", limits=SocketLimits(stall_s=0.4, high_water=2))
-    p = make_host("p")
+    d, p = make_host("d", limits=QUICK), make_host("p")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
-    dealer.linger, dealer.rcvhwm = 0, 2
+    dealer.linger, dealer.rcvhwm, dealer.rcvbuf = 0, 2, 1 << 16
     dealer.plain_username, dealer.plain_password = b"peer", b"token-of-d"
     dealer.connect(d.address.endpoint)
     try:
