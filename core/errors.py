@@ -22,7 +22,7 @@ class PdserveError(Exception):
 
 
 class ConfigError(PdserveError):
-    """A file or option that can't be used; the text names file, key, what was found, what is allowed."""
+    """A file or option that can't be used: which key, what was found, what is allowed."""
 
 
 class StartupError(PdserveError):

@@ -85,7 +85,7 @@ class DecodeGraphs:
         views = unpack(inputs, empty.arrays)
         # Once outside of the graph: kernels are compiled and libraries set up by their first
         # call, which a capture would refuse. Padding rows only, so nothing is written.
-        side = torch.cuda.Stream(self._logits.device)  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream(self._logits.device)
         side.wait_stream(torch.cuda.current_stream(self._logits.device))
         with torch.cuda.stream(side):
             self._step(views, workspace)
