@@ -31,7 +31,6 @@ from pdserve.kvtransfer.messages import (
     Accepted,
     Cancel,
     Chunk,
-    PeerBeat,
     Starting,
 )
 from pdserve.simulation.engine import SimulatedKvPool
@@ -164,7 +163,7 @@ def test_another_key_gets_no_byte_in(make_host: MakeHost, tmp_path: Path) -> Non
         d.expect(B, honest.ref, 3)
         honest.start(B, d.address, 3)
         drive([d, honest], lambda: ended(d, honest))
-        drive([d, honest], lambda: not d.kv._router.poll(200))
+        assert not any(socket.poll(200) for socket, _ in d.kv.sockets())
         assert moved(honest, d, 3) and d.kv.num_dropped == 0
     finally:
         context.destroy(linger=0)
@@ -253,20 +252,21 @@ def test_a_guest_that_stops_reading_is_dropped(make_host: MakeHost) -> None:
 
 
 def test_a_guest_that_went_away_costs_nothing(make_host: MakeHost) -> None:
-    d = make_host("d")
+    d = make_host("d", limits=QUICK)
     p = Host("p")
     p.fill(4)
     d.expect(A, p.ref, 4)
     p.start(A, d.address, 4)
     drive([d, p], lambda: ended(p, d))
     p.kv.close()
+    end = d.now + 2 * QUICK.stall_s
 
-    def forgotten() -> bool:
-        d.take(d.kv.send(Send(p.ref, PeerBeat(())), d.now))
-        return not d.kv._guests
+    def said_on_and_on() -> bool:
+        d.take(d.kv.send(Send(p.ref, Cancel(Key.of(A), "x" * 4096)), d.now))
+        return d.now > end
 
-    drive([d], forgotten)
-    assert not d.lost
+    drive([d], said_on_and_on)
+    assert not d.lost and d.kv.retry_ms is None
 
 
 def test_an_unreachable_peer_is_given_up(make_host: MakeHost) -> None:
