@@ -30,6 +30,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as the deployments load it, readable by transformers."""
     folder = tmp_path_factory.mktemp("card")
     card = folder / "card.json"
-    done = run(["prepare", str(deployment(folder, SPLIT)), "--card", str(card)], limit_s=150)
+    files = ("--card", str(card), "--devices", str(folder / "devices.json"))
+    done = run(["prepare", str(deployment(folder, SPLIT)), *files], limit_s=150)
     assert done.returncode == 0, done.stderr
     return Path(ModelCard.read(card).folder)
