@@ -21,6 +21,7 @@ from typing import Any
 import uvloop
 import zmq
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ..core.card import ModelCard
 from ..core.clock import monotonic
@@ -90,6 +91,7 @@ async def serving(
             make_app(front),
             handler_cancellation=True,
             access_log=None,
+            logger=_http_log(),
             shutdown_timeout=_CLOSING_S,
         )
         await runner.setup()
@@ -140,6 +142,18 @@ async def _bind(runner: web.AppRunner, deployment: Deployment) -> tuple[str, int
         ) from error
     bound = runner.addresses[0]
     return str(bound[0]), int(bound[1])
+
+
+def _http_log() -> logging.Logger:
+    """What the HTTP server has to say, but for clients that speak no HTTP: the answer says it."""
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError)
+
+    http_log = log.getChild("http")
+    http_log.filters = [is_ours]
+    return http_log
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
