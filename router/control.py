@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -57,8 +58,10 @@ class ControlSockets:
             raise StartupError(f"{endpoint} can't be bound: {error.strerror.lower()}") from error
         self._sockets.append(socket)
         self._loop.add_reader(socket.fileno(), self.read)
-        bound: bytes = socket.last_endpoint
-        return bound.rstrip(b"\0").decode()
+        bound: str = socket.last_endpoint.rstrip(b"\0").decode()
+        if bound.startswith("ipc://"):  # its folder is the owner's alone too
+            Path(bound.removeprefix("ipc://")).chmod(0o600)
+        return bound
 
     def send(self, link: Link, message: ToWorker) -> bool:
         """False where the link is gone, or its worker has stopped reading."""
