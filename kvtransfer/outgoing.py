@@ -43,6 +43,11 @@ class OutgoingTransfer:
         return self.outcome is not None
 
     @property
+    def commit_due(self) -> bool:
+        everything_left = self.next_block == self.num_blocks
+        return self.token is not None and everything_left and not self.commit_sent
+
+    @property
     def sending(self) -> bool:
         return any(chunk.sending for chunk in self.chunks.values())
 

@@ -286,12 +286,10 @@ class Sender:
                 link.num_inflight += count
                 effects.append(self._send_chunk(link, transfer, first, count))
                 self._progress(transfer, now)
-            if transfer.next_block == transfer.num_blocks and not transfer.commit_sent:
-                commit = self._say_commit(link, transfer)
-                if commit:
-                    transfer.commit_sent = True
-                    self._progress(transfer, now)
-                    effects += commit
+            if transfer.commit_due:
+                transfer.commit_sent = True
+                effects.append(self._say_commit(link, transfer))
+                self._progress(transfer, now)
         return effects
 
     def _send_chunk(
@@ -304,10 +302,9 @@ class Sender:
         return SendChunk(link.address, chunk, blocks, tail_tokens)
 
     @staticmethod
-    def _say_commit(link: OutgoingLink, transfer: OutgoingTransfer) -> list[SenderEffect]:
-        if transfer.token is None:
-            return []
-        return [Send(link.address, Commit(transfer.key, transfer.num_tokens, transfer.token))]
+    def _say_commit(link: OutgoingLink, transfer: OutgoingTransfer) -> Send:
+        assert transfer.token is not None
+        return Send(link.address, Commit(transfer.key, transfer.num_tokens, transfer.token))
 
     def _resend(
         self, link: OutgoingLink, transfer: OutgoingTransfer, now: float
@@ -332,7 +329,7 @@ class Sender:
             chunk.sending = True
             effects.append(self._send_chunk(link, transfer, first, chunk.num_blocks))
         if transfer.commit_sent:
-            effects += self._say_commit(link, transfer)
+            effects.append(self._say_commit(link, transfer))
         return effects
 
     def _expire(
