@@ -133,8 +133,7 @@ class CudaKvPool:
         self._blocks = blocks
         self._bytes = _as_bytes(layout, blocks)  # [num_blocks, block_bytes] uint8
         self._reading, self._writing, self._zeroing = (
-            torch.cuda.Stream(blocks.device)
-            for _ in range(3)
+            torch.cuda.Stream(blocks.device) for _ in range(3)
         )
 
     def read(self, blocks: Sequence[int]) -> list[memoryview]:
