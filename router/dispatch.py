@@ -67,21 +67,15 @@ class Dispatch:
     def num_requests(self) -> int:
         return len(self._requests)
 
-    def request(self, request_id: str) -> Request | None:
-        return self._requests.get(request_id)
-
     def max_context(self, limit: int) -> int:
         """Tokens that a request may have here: ``limit``, or less where no worker has room."""
         alive = self.members.alive()
         return min(limit, max((m.hello.max_context for m in alive), default=limit))
 
+    @property
     def missing(self) -> str | None:
         """What the deployment waits for; once up, it is so as long as it can place requests."""
-        roles = [member.hello.role for member in self.members.alive()]
-        pools = PoolsSection() if self._was_up else self._pools
-        reason = missing(self._policy, pools, roles)
-        self._was_up = self._was_up or reason is None
-        return reason
+        return self._lacks(PoolsSection() if self._was_up else self._pools)
 
     # what happens
 
@@ -172,6 +166,7 @@ class Dispatch:
             return [Say(link, joined)]
         effects: list[Effect] = [Say(link, Welcome(self._epoch))]
         if joined.new:
+            self._was_up = self._was_up or self._lacks(self._pools) is None
             log.info("%s has joined to %s, pid %d", joined.ref, hello.role, hello.pid)
         if joined.replaced is not None:
             effects += self._gone(joined.replaced, now)
@@ -193,10 +188,14 @@ class Dispatch:
         """That life of a worker is over: what needs it is replayed."""
         effects: list[Effect] = []
         lost = [request for request in self._on(ref) if request.needs(ref)]
-        log.warning("%s is gone; %d requests run on elsewhere", ref, len(lost))
+        level = logging.WARNING if strike else logging.INFO
+        log.log(level, "%s is gone; %d requests run on elsewhere", ref, len(lost))
         for request in lost:
             effects += self._change(request, partial(request.replay, strike=strike))
         return effects + self._place_queued(now)
+
+    def _lacks(self, pools: PoolsSection) -> str | None:
+        return missing(self._policy, pools, [member.hello.role for member in self.members.alive()])
 
     def _on(self, ref: WorkerRef) -> list[Request]:
         """What that worker has been given."""

@@ -83,7 +83,7 @@ class Service:
     @property
     def not_ready(self) -> str | None:
         """Why new requests should go elsewhere, if they should."""
-        return "the server is shutting down" if self._draining else self.dispatch.missing()
+        return "the server is shutting down" if self._draining else self.dispatch.missing
 
     @contextlib.contextmanager
     def admitted(self, num_requests: int) -> Iterator[None]:

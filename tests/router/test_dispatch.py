@@ -297,7 +297,7 @@ def test_both_die_within_one_attempt_and_it_is_one_strike() -> None:
     world.submit(ask())
     world.dispatch.unreachable(world.link("p"), 1.0)
     world.dispatch.unreachable(world.link("d"), 1.0)
-    request = world.dispatch.request(request_id(0))
+    request = world.dispatch._requests.get(request_id(0))
     assert request is not None and request.strikes == 1
     assert [place[1] for place in places(world.join("p", "d"))] == [Task.DECODE, Task.PREFILL]
 
@@ -346,15 +346,15 @@ def test_draining_places_nothing_more() -> None:
 
 def test_ready_is_when_every_pool_is_there_and_then_when_anything_can_be_served() -> None:
     world = World()
-    assert world.dispatch.missing() == "no prefill worker has joined"
+    assert world.dispatch.missing == "no prefill worker has joined"
     world.join("p")
-    assert world.dispatch.missing() == "no decode worker has joined"
+    assert world.dispatch.missing == "no decode worker has joined"
     world.join("d")
-    assert world.dispatch.missing() is None
+    assert world.dispatch.missing is None
     world.dispatch.unreachable(world.link("d"), 1.0)
-    assert world.dispatch.missing() is None  # the other one serves whole requests
+    assert world.dispatch.missing is None  # the other one serves whole requests
     world.dispatch.unreachable(world.link("p"), 1.0)
-    assert world.dispatch.missing() == "no worker has joined"
+    assert world.dispatch.missing == "no worker has joined"
 
 
 def test_the_least_loaded_by_what_has_been_placed() -> None:
@@ -411,7 +411,7 @@ def test_whatever_happens_every_index_comes_once_and_every_request_ends(
         elif what == "end" and num_submitted:
             take(world.dispatch.end(request_id(other % num_submitted), State.ABORTED))
         elif name in world.epochs:
-            request = world.dispatch.request(request_id(other))
+            request = world.dispatch._requests.get(request_id(other))
             number = request.attempt.number if request is not None else 1
             index = len(request.output) if request is not None else 0
             if what == "die":
