@@ -16,8 +16,9 @@ class _Defaults:
     prompt_slots: int
 
 
-# A decode worker's chunks are small: each delays a token of every stream in its batch.
-_ON_CPU = _Defaults({Role.PREFILL: 512, Role.DECODE: 128, Role.MIXED: 512}, 32, 8)
+# A decode worker's chunks are small: each delays a token of every stream in its batch. A CPU
+# gains nothing from long ones, and whoever hangs up waits for the step in flight.
+_ON_CPU = _Defaults({Role.PREFILL: 128, Role.DECODE: 64, Role.MIXED: 128}, 32, 8)
 _ON_GPU = _Defaults({Role.PREFILL: 2048, Role.DECODE: 256, Role.MIXED: 2048}, 256, 64)
 
 
