@@ -1,9 +1,8 @@
 """Linear layers of a few rows on a CPU, at the speed of memory.
 
 torch's CPU GEMMs are made for many rows: at 1 to 16 they stream weights at a fraction of
-what the memory gives (bf16 without AVX-512 above all). The loop in ``cpu_linear.c`` is
-compiled once for this machine by its C compiler and kept in the user's cache; where there
-is no compiler, torch does the work.
+what the memory gives (bf16 without AVX-512 above all). The loop in ``cpu_linear.c`` does
+better; where there is no compiler, torch does the work.
 
 Weights may be bf16 or fp32, activations and sums are fp32.
 """
@@ -11,11 +10,6 @@ Weights may be bf16 or fp32, activations and sums are fp32.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,12 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-MAX_ROWS = 16  # beyond it the GEMM of torch's BLAS wins, a widening of the weights included
+from . import cpu_library
 
-_SOURCE = Path(__file__).with_name("cpu_linear.c")
-# No OpenMP library is linked: its symbols are those of the one that torch has loaded, so
-# that one pool of threads serves both.
-_COMPILE = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
+MAX_ROWS = 16  # beyond it the GEMM of torch's BLAS wins, a widening of the weights included
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -58,7 +49,7 @@ def compiled() -> bool:
 
 @cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
-    library = _library(_cache_folder())
+    library = cpu_library.load(Path(__file__).with_suffix(".c"), cpu_library.cache_folder())
     if library is None:
         return {}
     table: dict[torch.dtype, Callable[..., None]] = {}
@@ -68,49 +59,3 @@ def _kernels() -> dict[torch.dtype, Callable[..., None]]:
         function.restype = None
         table[dtype] = function
     return table
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("PDSERVE_CACHE")
-    if root:
-        return Path(root) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pdserve" / "kernels"
-
-
-def _library(folder: Path) -> ctypes.CDLL | None:
-    """Compiled if need be; None where there is no compiler, or what it made does not load."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
-    source = _SOURCE.read_bytes()
-    name = hashlib.blake2b(source + _cpu_flags() + compiler.encode(), digest_size=12).hexdigest()
-    target = folder / f"cpu_linear-{name}.so"
-    try:
-        if not target.exists():
-            _compile(compiler, target)
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _compile(compiler: str, target: Path) -> None:
-    """Raises OSError or SubprocessError. Atomic: several workers may do it at once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        compiled, linked = Path(work) / "cpu_linear.o", Path(work) / "cpu_linear.so"
-        for command in (
-            [compiler, *_COMPILE, str(_SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-        linked.replace(target)
-
-
-def _cpu_flags() -> bytes:
-    """What ``-march=native`` depends on: a cache on a shared disk serves several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return b""
-    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import cpu_step
+
 if TYPE_CHECKING:
     from .gpu.decode_attention import SplitWorkspace
 
@@ -45,6 +47,8 @@ class DecodeWorkspace:
         self.dtype = dtype
         self.groups: tuple[LengthGroup, ...] = ()
         self.split: SplitWorkspace | None = None
+        self.compiled = False
+        self.paged: tuple[Tensor, Tensor] | None = None  # what ``prepare`` was given
         device = torch.device(device)
         if device.type == "cuda":
             from .gpu.decode_attention import SplitWorkspace
@@ -54,8 +58,12 @@ class DecodeWorkspace:
                 num_q_heads=num_q_heads,
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
+                dtype=dtype,
                 device=device,
             )
+        else:
+            group = num_q_heads // num_kv_heads
+            self.compiled = cpu_step.serves_heads(dtype, head_dim, group, block_size)
 
     def prepare(self, block_tables: Tensor, context_lens: Tensor) -> None:
         """Once a step, before the first layer; on a GPU inside the captured graph.
@@ -65,6 +73,8 @@ class DecodeWorkspace:
         """
         if self.split is not None:
             self.split.prepare(block_tables, context_lens)
+        elif self.compiled:
+            self.paged = block_tables.contiguous(), context_lens
         else:
             self.groups = group_by_length(block_tables, context_lens, self.block_size, self.dtype)
 
@@ -84,6 +94,8 @@ def decode_attention(
         from .gpu.decode_attention import decode_attention as launch
 
         return launch(q, kv_layer, scale, workspace.split)
+    if workspace.paged is not None:
+        return cpu_step.decode_attention(q, kv_layer, *workspace.paged, scale)
     return decode_attention_reference(q, kv_layer, scale, workspace.groups)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from . import cpu_step
+
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
@@ -23,6 +25,8 @@ def rms_norm(
         from .gpu.rms_norm import rms_norm as launch
 
         return launch(x, weight, eps, residual)
+    if cpu_step.serves(x, x.shape[1]) and (residual is None or residual.is_contiguous()):
+        return cpu_step.rms_norm(x, weight, eps, residual)
     return rms_norm_reference(x, weight, eps, residual)
 
 

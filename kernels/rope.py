@@ -7,8 +7,10 @@ is paired with ``i + rot / 2``). Where the model normalises each head of q and k
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from . import cpu_step
 from .rms_norm import normalize
 
 
@@ -40,6 +42,8 @@ def rope_and_cache(
     """
     if qkv.is_cuda:
         from .gpu.rope import rope_and_cache as launch
+    elif cpu_step.serves(qkv, kv_layer.shape[4]) and positions.dtype is torch.int64:
+        launch = cpu_step.rope_and_cache
     else:
         launch = rope_and_cache_reference
     return launch(

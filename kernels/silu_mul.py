@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from . import cpu_step
+
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """``gate_up[T, 2I]`` (gate first) -> ``[T, I]``."""
@@ -12,6 +14,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         from .gpu.silu_mul import silu_mul as launch
 
         return launch(gate_up)
+    if cpu_step.serves(gate_up, gate_up.shape[1] // 2):
+        return cpu_step.silu_mul(gate_up)
     return silu_mul_reference(gate_up)
 
 

@@ -22,12 +22,17 @@ _REDUCE_TILE = 16
 
 @dataclass(frozen=True, slots=True)
 class DecodeTuning:
-    """``programs``: programs wanted for each multiprocessor."""
+    """``block_n``: tokens a tile; ``programs``: programs wanted for each multiprocessor."""
 
     block_n: int = 64
     num_warps: int = 4
     num_stages: int = 3
     programs: int = 8
+
+    @classmethod
+    def suited(cls, head_dim: int, dtype: torch.dtype) -> DecodeTuning:
+        """Tiles that fit a Hopper multiprocessor's registers and shared memory."""
+        return cls() if head_dim * dtype.itemsize <= 256 else cls(block_n=32)
 
 
 class SplitWorkspace:
@@ -40,10 +45,11 @@ class SplitWorkspace:
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        dtype: torch.dtype,
         device: torch.device,
         tuning: DecodeTuning | None = None,
     ) -> None:
-        self.tuning = tuning or DecodeTuning()
+        self.tuning = tuning or DecodeTuning.suited(head_dim, dtype)
         multiprocessors = 8
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -267,7 +273,7 @@ def decode_attention(
         BLOCK_G=max(triton.next_power_of_2(group), 16),
         BLOCK_D=block_d,
         BLOCK_N=tuning.block_n,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )

@@ -23,10 +23,19 @@ _LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class RaggedTuning:
+    """``block_m``: (token, head) pairs a tile of queries; ``block_n``: tokens a tile of keys."""
+
     block_m: int = 128
     block_n: int = 64
     num_warps: int = 8
     num_stages: int = 3
+
+    @classmethod
+    def suited(cls, head_dim: int, dtype: torch.dtype) -> RaggedTuning:
+        """Tiles that fit a Hopper multiprocessor's registers and shared memory."""
+        if dtype == torch.float32:
+            return cls(block_m=32, block_n=16, num_warps=4)
+        return cls() if head_dim <= 128 else cls(block_m=64, block_n=32, num_warps=4)
 
 
 @triton.jit
@@ -330,7 +339,7 @@ def paged_attention(
         kv_layer.shape[3],
         scale,
         batch,
-        tuning or RaggedTuning(),
+        tuning or RaggedTuning.suited(q.shape[2], q.dtype),
     )
 
 
@@ -348,7 +357,7 @@ def dense_attention(
     Tiles of keys and values come through the tensor memory accelerator; a tile may run into
     the next row's tokens, which the causal mask hides.
     """
-    tuning = tuning or RaggedTuning()
+    tuning = tuning or RaggedTuning.suited(q.shape[2], q.dtype)
     num_kv_heads, head_dim = k.shape[1:]
     sources = [
         TensorDescriptor(
@@ -404,7 +413,7 @@ def _launch(
         BLOCK_N=tuning.block_n,
         BLOCK_D=triton.next_power_of_2(head_dim),
         PAGED=isinstance(k_source, Tensor),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -37,16 +35,3 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 def test_other_shapes_go_to_torch(num_rows: int, width: int) -> None:
     x, weight = torch.randn(num_rows, width), torch.randn(5, width)
     assert torch.equal(cpu_linear.linear(x, weight, None), torch.nn.functional.linear(x, weight))
-
-
-def test_without_a_compiler_there_is_no_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu_linear.shutil, "which", lambda name: None)
-    assert cpu_linear._library(tmp_path) is None
-
-
-def test_a_compiler_that_fails_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear.shutil, "which", lambda name: "/bin/false")
-    assert cpu_linear._library(tmp_path) is None
-    assert list(tmp_path.iterdir()) == []

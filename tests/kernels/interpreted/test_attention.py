@@ -26,6 +26,7 @@ def _split(
         num_q_heads=num_q_heads,
         num_kv_heads=contexts.pool.shape[3],
         head_dim=contexts.pool.shape[5],
+        dtype=contexts.pool.dtype,
         device=torch.device("cpu"),
         tuning=tuning,
     )
