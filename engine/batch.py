@@ -181,5 +181,5 @@ def _check(rows: Sequence[Row], table: SlotTable) -> None:
     for row in rows:
         end = row.start + row.num_tokens
         assert 0 <= row.slot < table.scratch and row.num_tokens > 0, row
-        assert end <= table.num_blocks[row.slot] * table.block_size, f"{row}: no block for it"
+        assert end <= table.used_blocks[row.slot] * table.block_size, f"{row}: no block for it"
         assert end <= table.max_context, f"{row}: past the context"

@@ -81,6 +81,7 @@ def build_engine(
         max_slots=max_slots,
         max_context=max_context,
         block_size=layout.block_size,
+        num_blocks=layout.num_blocks,
         vocab_size=shape.vocab_size,
         upload=upload,
         device=device,
@@ -117,6 +118,7 @@ def build_engine(
             max_inflight=2 if device.type == "cuda" else 1,
         ),
         upload=upload,
+        precision=precision,
         graphs=graphs,
     )
     log.info(

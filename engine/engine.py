@@ -21,6 +21,7 @@ from ..core.plan import EngineLimits, KvPool, StepHandle, StepPlan, StepResult
 from ..kernels.decode_attention import DecodeWorkspace
 from ..kernels.prefill_attention import PrefillBatch
 from .batch import Batch, describe
+from .device import Precision
 from .graphs import DecodeGraphs
 from .model import Model, StepInput
 from .sampler import Drawn, LogProbs, Sampler, step_result
@@ -41,11 +42,13 @@ class TorchEngine:
         kv: KvPool,
         limits: EngineLimits,
         upload: Upload,
+        precision: Precision,
         graphs: DecodeGraphs | None,
     ) -> None:
         """``graphs``: for decode steps on a GPU; without them each kernel is launched."""
         self.kv = kv
         self.limits = limits
+        self.precision = precision
         self._model = model
         self._table = table
         self._sampler = sampler
@@ -70,6 +73,11 @@ class TorchEngine:
         if self._table.token_ids.is_cuda:
             return PendingStep(rows.slots, asked, drawn)
         return DoneStep(step_result(rows.slots, asked, drawn))
+
+    @property
+    def step_bytes(self) -> int:
+        """What a decode step reads of the weights."""
+        return self._model.weights.step_bytes
 
     def close(self) -> None:
         """Waits for the steps that are launched; the memory goes with the engine."""
@@ -139,7 +147,7 @@ class PendingStep:
             if logprobs is None
             else LogProbs(logprobs.rows, *(_to_host(tensor) for tensor in logprobs.tensors)),
         )
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event()
         self._done.record()
         self._result: StepResult | None = None
 

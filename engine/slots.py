@@ -30,6 +30,7 @@ class SlotTable:
         max_slots: int,
         max_context: int,
         block_size: int,
+        num_blocks: int,
         vocab_size: int,
         upload: Upload,
         device: torch.device,
@@ -37,6 +38,7 @@ class SlotTable:
         self.scratch = max_slots
         self.max_context = max_context
         self.block_size = block_size
+        self.num_blocks = num_blocks
         self.vocab_size = vocab_size
         self.width = max_context + 1  # a token may be drawn for the position past the last
         max_blocks = -(-self.width // block_size)
@@ -44,7 +46,7 @@ class SlotTable:
         self.token_ids = torch.zeros(max_slots + 1, self.width, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.host_tables: Ints = np.zeros(shape, np.int64)
-        self.num_blocks: list[int] = [0] * (max_slots + 1)
+        self.used_blocks: list[int] = [0] * (max_slots + 1)
         self.num_prompt_tokens: Ints = np.zeros(max_slots + 1, np.int64)
         self.params: list[SamplingParams | None] = [None] * (max_slots + 1)
         self._upload = upload
@@ -53,7 +55,7 @@ class SlotTable:
         """Takes in the plan's new sequences, then the new blocks of its rows."""
         blocks: list[tuple[int, Sequence[int]]] = []
         for new in plan.new:
-            self.num_blocks[new.slot] = 0
+            self.used_blocks[new.slot] = 0
             self.num_prompt_tokens[new.slot] = new.num_prompt_tokens
             self.params[new.slot] = new.params
             blocks.append((new.slot, new.block_table))
@@ -81,12 +83,14 @@ class SlotTable:
         columns = self.host_tables.shape[1]
         starts: list[tuple[int, int]] = []
         for slot, added in blocks:
-            used = self.num_blocks[slot]
+            used = self.used_blocks[slot]
             assert used + len(added) <= columns, f"slot {slot}: too many blocks"
             starts.append((slot * columns + used, len(added)))
-            self.num_blocks[slot] = used + len(added)
+            self.used_blocks[slot] = used + len(added)
         index = _ranges(starts)
         values: Ints = np.array([block for _, added in blocks for block in added], np.int64)
+        if len(values):
+            assert values.min() >= 0 and values.max() < self.num_blocks, "a block past the pool"
         self.host_tables.reshape(-1)[index] = values
         where, what = self._upload((index, values.astype(np.int32)))
         self.block_tables.view(-1).index_copy_(0, where, what)

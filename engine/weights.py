@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,6 +23,7 @@ from .shape import ModelShape
 
 DUMMY_SEED = 20
 _DUMMY_STD = 0.02
+_ALIGNMENT = 128  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,44 +123,58 @@ class _Reader:
         target.copy_(source)
 
 
+class _Arena:
+    """All matrices in one allocation. On a CPU it lies in huge pages, which numpy asks for:
+    a step streams the weights, and every page is one more address to look up."""
+
+    def __init__(self, shape: ModelShape, precision: Precision, device: torch.device) -> None:
+        num_matrices = 4 * shape.num_layers + 2
+        size = (shape.num_parameters + num_matrices * _ALIGNMENT) * precision.weights.itemsize
+        try:
+            if device.type == "cpu":
+                buffer = torch.from_numpy(np.empty(size, np.uint8))
+            else:
+                buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+            raise OutOfMemory(
+                f"the weights ({size / 2**30:.1f} GiB) do not fit on {device}; use another "
+                "pools.*.device, a smaller model.dtype, or fewer workers on it"
+            ) from error
+        self._left = buffer.view(precision.weights)  # [elements]
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        taken = self._left[: rows * columns].view(rows, columns)
+        self._left = self._left[-(-rows * columns // _ALIGNMENT) * _ALIGNMENT :]
+        return taken
+
+
 def _allocate(shape: ModelShape, precision: Precision, device: torch.device) -> ModelWeights:
-    def matrix(rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=precision.weights, device=device)
-
-    def vector(length: int, wanted: bool = True) -> Tensor | None:
-        if not wanted:
-            return None
-        return torch.empty(length, dtype=precision.activations, device=device)
-
-    def norm(length: int) -> Tensor:
-        return torch.empty(length, dtype=precision.activations, device=device)
-
+    """OutOfMemory where the device has no room for it."""
+    arena = _Arena(shape, precision, device)
     hidden, width = shape.hidden_size, shape.num_q_heads * shape.head_dim
-    try:
-        layers = tuple(
-            LayerWeights(
-                input_norm=norm(hidden),
-                qkv=Linear(
-                    matrix(shape.qkv_width, hidden), vector(shape.qkv_width, shape.qkv_bias)
-                ),
-                q_norm=vector(shape.head_dim, shape.qk_norm),
-                k_norm=vector(shape.head_dim, shape.qk_norm),
-                o=Linear(matrix(hidden, width), vector(hidden, shape.o_bias)),
-                post_norm=norm(hidden),
-                gate_up=Linear(matrix(2 * shape.intermediate_size, hidden)),
-                down=Linear(matrix(hidden, shape.intermediate_size)),
-            )
-            for _ in range(shape.num_layers)
+
+    def vector(length: int) -> Tensor:
+        return torch.empty(length, dtype=precision.activations, device=device)
+
+    def linear(rows: int, columns: int, biased: bool = False) -> Linear:
+        return Linear(arena.matrix(rows, columns), vector(rows) if biased else None)
+
+    layers = tuple(
+        LayerWeights(
+            input_norm=vector(hidden),
+            qkv=linear(shape.qkv_width, hidden, shape.qkv_bias),
+            q_norm=vector(shape.head_dim) if shape.qk_norm else None,
+            k_norm=vector(shape.head_dim) if shape.qk_norm else None,
+            o=linear(hidden, width, shape.o_bias),
+            post_norm=vector(hidden),
+            gate_up=linear(2 * shape.intermediate_size, hidden),
+            down=linear(hidden, shape.intermediate_size),
         )
-        embedding = matrix(shape.vocab_size, hidden)
-        lm_head = embedding if shape.tied else matrix(shape.vocab_size, hidden)
-        return ModelWeights(embedding, layers, norm(hidden), lm_head)
-    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        size = shape.num_parameters * precision.weights.itemsize / 2**30
-        raise OutOfMemory(
-            f"the weights ({size:.1f} GiB) do not fit on {device} ({_first_line(error)}); "
-            "use another pools.*.device, a smaller model.dtype, or fewer workers on it"
-        ) from None
+        for _ in range(shape.num_layers)
+    )
+    embedding = arena.matrix(shape.vocab_size, hidden)
+    lm_head = embedding if shape.tied else arena.matrix(shape.vocab_size, hidden)
+    return ModelWeights(embedding, layers, vector(hidden), lm_head)
 
 
 def _named(weights: ModelWeights, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
@@ -198,7 +214,3 @@ def _split(
     if linear.bias is not None:
         for name, part in zip(names, torch.split(linear.bias, sizes), strict=True):
             yield name + ".bias", part
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import tiny_models
+from tiny_models import Answers, random_prompt
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
 from pdserve.bench.driver import StepDriver
 from pdserve.core.params import SamplingParams
 from pdserve.core.plan import NewSequence, Row, StepPlan
 from pdserve.engine.engine import TorchEngine
-from tiny_models import Answers, random_prompt
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 LENGTHS = (1, 2, 5, 15, 16, 17, 40, 200)

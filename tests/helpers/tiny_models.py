@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
 from pdserve.core.card import ModelCard
 from pdserve.core.config import Deployment
 from pdserve.engine.build import build_engine
 from pdserve.engine.engine import TorchEngine
 from pdserve.engine.shape import eos_token_ids, read_shape
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 VOCAB = 307
 
