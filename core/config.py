@@ -50,7 +50,6 @@ class Admission(StrEnum):
 class Medium(StrEnum):
     AUTO = "auto"
     TCP = "tcp"
-    INPROC = "inproc"
 
 
 class Switch(StrEnum):
