@@ -202,7 +202,7 @@ class Net:
             address = self.workers[peer].address
             self._control(name, Place(key, task, request.prompt, output, request.params, address))
 
-    def _hear(self, name: str, message: ToRouter) -> None:
+    def _on_told(self, name: str, message: ToRouter) -> None:
         self.workers[name].told.append(message)
         match message:
             case TokenBatch(items=items):
@@ -295,7 +295,7 @@ class Net:
                     self._io(worker, effect)
 
     def _tell(self, worker: Worker, message: ToRouter) -> None:
-        self._put((worker.name, "router"), lambda: self._hear(worker.name, message))
+        self._put((worker.name, "router"), lambda: self._on_told(worker.name, message))
 
     def _io(self, worker: Worker, effect: Send | SendChunk | Write) -> None:
         self._put((worker.name, "io"), lambda: self._io_now(worker, effect))
@@ -366,6 +366,12 @@ class Net:
         """Empties all queues: no steps, no time."""
         while queues := [queue for queue in self._channels.values() if queue]:
             self.rng.choice(queues).popleft()()
+
+    def hear(self, name: str) -> None:
+        """The router gets what a worker has told it so far."""
+        queue = self._channels.get((name, "router"), deque())
+        while queue:
+            queue.popleft()()
 
     def plan(self, name: str) -> bool:
         """Has a worker launch a step, if it has one."""

@@ -23,6 +23,7 @@ from pdserve.core.messages import (
 )
 from pdserve.core.params import SamplingParams
 from pdserve.decode.phase import DecodeState
+from pdserve.kvtransfer.effects import Send, SendChunk
 from pdserve.kvtransfer.messages import Chunk, Commit, Starting
 from pdserve.prefill.prompt import PromptState
 from pdserve.worker.effects import Effect, Tell
@@ -184,6 +185,118 @@ def test_a_shorter_context_at_d_ends_the_answer_there() -> None:
     net.run()
     assert [item.finish for item in items(net.workers["p"])] == [None]
     assert [item.finish for item in items(net.workers["d"])] == [FinishReason.LENGTH]
+
+
+# memory that several want
+
+
+def compute_all(net: Net, name: str) -> None:
+    """All steps that a worker has, without a word from or to its peers."""
+    while net.plan(name):
+        net.complete(name)
+    net.hear(name)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_workers_full_of_prompts_for_each_other_do_not_lock_up(seed: int) -> None:
+    """Each pool holds a prompt that the other one has no room for; one of them gives way."""
+    shape = Shape(num_blocks=8, max_context=32)
+    net = Net([Worker("a", shape), Worker("b", shape)], random.Random(seed))
+    there = request(1, tuple(range(2, 28)), "a", "b", max_tokens=5)
+    back = request(2, tuple(range(12, 38)), "b", "a", max_tokens=5)
+    for wanted in (there, back):
+        net.submit(wanted)
+        net.deliver_all()
+    if seed % 2:
+        for name in "ab":
+            compute_all(net, name)
+    else:
+        assert net.plan("a") and net.plan("b")
+    assert [worker.core.blocks.held for worker in net.workers.values()] == [7, 7]
+    net.run()
+    assert there.text == there.expected and back.text == back.expected
+    assert net.failures.total() == 0  # dropped and recomputed, but not given up
+
+
+def test_a_running_stream_takes_the_blocks_of_prompts_held_for_others() -> None:
+    net = pair(p=Shape(num_blocks=10))
+    stream = request(1, (2, 3, 4), "p", "p", max_tokens=24)
+    held = request(2, tuple(range(12, 36)))
+    p = net.workers["p"]
+    for wanted in (stream, held):
+        net.submit(wanted)
+    net.deliver_all()
+    compute_all(net, "p")  # D hears nothing: the prompt can't be granted
+    assert len(items(p)) == 24 + 1
+    assert p.core.beat().waiting == 0 and p.core.blocks.held == 6  # computed once more
+    net.run()
+    assert stream.text == stream.expected and held.text == held.expected
+    assert len([told for told in p.told if isinstance(told, Started)]) == 2
+
+
+def test_a_preempted_stream_comes_back_before_anybody_new_gets_room() -> None:
+    net = pair(d=Shape(num_blocks=6, max_batch=4, prefix_cache=False))
+    d, p = net.workers["d"], net.workers["p"]
+    old = request(1, (2, 3, 4), "d", "d", max_tokens=18)
+    young = request(2, tuple(range(12, 23)), "d", "d", max_tokens=12)
+    for wanted in (old, young):
+        net.submit(wanted)
+    net.deliver_all()
+    while d.core.beat().running < 2 or d.core.blocks.held < 6:
+        assert net.plan("d")
+        net.complete("d")
+    while d.core.beat().running == 2:
+        net.plan("d")
+        net.complete("d")
+    assert d.core.beat().waiting == 1 and d.core.blocks.held == 3  # three are free
+    newcomer = request(3, (5, 6))
+    d.core.router_message(place_for_d(net, newcomer), net.now)
+    d.core.receiver_message(p.ref, Starting(Key.of(newcomer.attempt), 2), (), net.now)
+    assert d.core.beat().waiting == 2 and d.core.blocks.held == 3  # it would fit, and waits
+    net.do(d, d.core.router_message(Abort(Key.of(newcomer.attempt)), net.now))
+    net.run()
+    assert old.text == old.expected and young.text == young.expected
+
+
+def test_a_reservation_comes_before_a_new_prompt_of_ds_own() -> None:
+    """Even one that would fit beside it: P's blocks are held until D has room."""
+    net = pair(d=Shape(num_blocks=8))
+    running = request(1, tuple(range(12, 24)), "d", "d", max_tokens=4)
+    own, coming = request(2, (4,), "d", "d"), request(3)
+    d, p = net.workers["d"], net.workers["p"]
+    net.submit(running)
+    net.deliver_all()
+    assert net.plan("d")
+    net.submit(coming)
+    net.deliver_all()
+    assert net.plan("p")
+    net.submit(own)
+    net.deliver_all()
+    assert d.core.beat().waiting == 2 and d.core.blocks.held == 3
+    net.complete("d")
+    compute_all(net, "d")
+    last = next(item for item in items(d) if item.finish is not None)
+    ended = next(told for told in d.told if isinstance(told, TokenBatch) and last in told.items)
+    assert last.key == Key.of(running.attempt)
+    assert d.told.index(Started(Key.of(own.attempt), 0)) > d.told.index(ended)
+    net.run()
+
+
+def test_token_0_is_told_before_anything_else_is_done_with_it() -> None:
+    net = pair()
+    wanted = request(prompt=(2, 3, 4))
+    net.submit(wanted)
+    net.deliver_all()
+    p = net.workers["p"]
+    assert net.plan("p")
+    net.deliver_all()  # granted by now
+    first, *others = p.core.complete(p.steps.popleft().wait(), net.now)
+    assert isinstance(first, Tell) and isinstance(first.message, TokenBatch)
+    assert [type(effect) for effect in others] == [SendChunk, Send]
+    for effect in others:
+        net.do(p, [effect])
+    wanted.output[0] = first.message.items[0].token_id
+    net.run()
 
 
 # an abort in each state
