@@ -7,6 +7,9 @@
  */
 #include <math.h>
 #include <stdint.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 typedef float f8 __attribute__((vector_size(32)));
 typedef float f8_unaligned __attribute__((vector_size(32), aligned(4)));
@@ -144,30 +147,64 @@ void rope_and_cache(float *qkv, const float *cos, const float *sin, const int64_
     }
 }
 
-/* scores[t] = scale * q . k[t], four keys at a time to hide the latency of each sum. */
-static inline void dot_keys(const float *q, const float *k, long stride, long n, long dim,
+/* The sums of eight vectors, each in the order of `sum`. */
+static inline f8 sums(f8 a, f8 b, f8 c, f8 d, f8 e, f8 f, f8 g, f8 h) {
+#ifdef __AVX__
+#define HALVES(x) _mm_add_ps(_mm256_castps256_ps128((__m256)(x)), _mm256_extractf128_ps((__m256)(x), 1))
+#define EVEN_ODD(x, y) _mm_add_ps(_mm_shuffle_ps(x, y, 0x44), _mm_shuffle_ps(x, y, 0xee))
+    __m128 ab = EVEN_ODD(HALVES(a), HALVES(b)), cd = EVEN_ODD(HALVES(c), HALVES(d));
+    __m128 ef = EVEN_ODD(HALVES(e), HALVES(f)), gh = EVEN_ODD(HALVES(g), HALVES(h));
+    return (f8)_mm256_set_m128(_mm_hadd_ps(ef, gh), _mm_hadd_ps(ab, cd));
+#else
+    return (f8){sum(a), sum(b), sum(c), sum(d), sum(e), sum(f), sum(g), sum(h)};
+#endif
+}
+
+/* scores[t] = scale * q . k[t] for a block's `size` keys, eight at a time: enough sums in flight
+ * to hide the latency of each. Keys past the sequence are multiplied too, and masked later. */
+static inline void dot_keys(const float *q, const float *k, long stride, long size, long dim,
                             float scale, float *scores) {
     long t = 0;
-    for (; t + 4 <= n; t += 4) {
-        const float *a = k + t * stride, *b = a + stride, *c = b + stride, *d = c + stride;
-        f8 sa = {0}, sb = {0}, sc = {0}, sd = {0};
+    for (; t + 8 <= size; t += 8) {
+        const float *at = k + t * stride;
+        f8 a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0};
         for (long i = 0; i < dim; i += 8) {
             f8 x = LOAD(q + i);
-            sa += x * LOAD(a + i);
-            sb += x * LOAD(b + i);
-            sc += x * LOAD(c + i);
-            sd += x * LOAD(d + i);
+            a += x * LOAD(at + i);
+            b += x * LOAD(at + stride + i);
+            c += x * LOAD(at + 2 * stride + i);
+            d += x * LOAD(at + 3 * stride + i);
+            e += x * LOAD(at + 4 * stride + i);
+            f += x * LOAD(at + 5 * stride + i);
+            g += x * LOAD(at + 6 * stride + i);
+            h += x * LOAD(at + 7 * stride + i);
         }
-        scores[t] = scale * sum(sa);
-        scores[t + 1] = scale * sum(sb);
-        scores[t + 2] = scale * sum(sc);
-        scores[t + 3] = scale * sum(sd);
+        STORE(scores + t, scale * sums(a, b, c, d, e, f, g, h));
     }
-    for (; t < n; t++) {
+    for (; t < size; t++) {
         f8 s = {0};
         for (long i = 0; i < dim; i += 8) s += LOAD(q + i) * LOAD(k + t * stride + i);
         scores[t] = scale * sum(s);
     }
+}
+
+/* out = out * kept + sum over t of weights[t] * v[t], WIDTH vectors of eight at a time. */
+#define ADD_VALUES(WIDTH)                                                                       \
+    for (; i + 8 * WIDTH <= dim; i += 8 * WIDTH) {                                              \
+        f8 acc[WIDTH];                                                                          \
+        _Pragma("GCC unroll 8") for (int j = 0; j < WIDTH; j++) acc[j] =                        \
+            LOAD(out + i + 8 * j) * kept;                                                       \
+        for (long t = 0; t < n; t++)                                                            \
+            _Pragma("GCC unroll 8") for (int j = 0; j < WIDTH; j++) acc[j] +=                   \
+                weights[t] * LOAD(v + t * stride + i + 8 * j);                                  \
+        _Pragma("GCC unroll 8") for (int j = 0; j < WIDTH; j++) STORE(out + i + 8 * j, acc[j]); \
+    }
+
+static inline void add_values(float *out, float kept, const float *weights, const float *v,
+                              long stride, long n, long dim) {
+    long i = 0;
+    ADD_VALUES(8)
+    ADD_VALUES(1)
 }
 
 /* One sequence, one KV head and the `group` heads of q that share it: a block at a time with a
@@ -186,25 +223,22 @@ APART static void attend(const float *q, Cache kv, const int32_t *table, long le
         long n = length - start < block_size ? length - start : block_size;
         for (long g = 0; g < group; g++) {
             float *mine = out + g * dim;
-            dot_keys(q + g * dim, k, kv.token, n, dim, scale, scores);
+            dot_keys(q + g * dim, k, kv.token, block_size, dim, scale, scores);
+            for (long t = n; t < n + 8; t++) scores[t] = -INFINITY;
             float high = most[g];
             for (long t = 0; t < n; t++) high = scores[t] > high ? scores[t] : high;
-            for (long t = n; t < n + 8; t++) scores[t] = -INFINITY;
-            float kept = 0; /* of what was summed before, against the new maximum */
-            if (start) kept = exp8((f8){0} + (most[g] - high))[0];
-            f8 sums = {0};
+            /* of what was summed before, against the new maximum */
+            float kept = start ? exp8((f8){0} + (most[g] - high))[0] : 0;
+            f8 p = {0};
             for (long t = 0; t < n; t += 8) {
-                f8 p = exp8(LOAD(scores + t) - high);
-                STORE(scores + t, p);
-                for (long j = 0; j < 8; j++) sums[j] += t + j < n ? p[j] : 0;
+                f8 raw = LOAD(scores + t), e = exp8(raw - high);
+                e = where(raw > -INFINITY, e, (f8){0});
+                STORE(scores + t, e);
+                p += e;
             }
-            total[g] = total[g] * kept + sum(sums);
+            total[g] = total[g] * kept + sum(p);
             most[g] = high;
-            for (long i = 0; i < dim; i += 8) {
-                f8 acc = LOAD(mine + i) * kept;
-                for (long t = 0; t < n; t++) acc += scores[t] * LOAD(v + t * kv.token + i);
-                STORE(mine + i, acc);
-            }
+            add_values(mine, kept, scores, v, kv.token, n, dim);
         }
     }
     for (long g = 0; g < group; g++)
