@@ -3,8 +3,9 @@
 What depends only on the step (how long the contexts are, how the work is divided) is
 worked out once, in a ``DecodeWorkspace``; every layer then uses it. On a GPU the keys are
 split between programs (Flash-Decoding, Dao et al., 2023) that find their share in device
-memory, so that one captured graph serves any lengths. On a CPU the blocks of sequences of
-similar length are gathered into one dense batch.
+memory, so that one captured graph serves any lengths. On a CPU a compiled loop reads the
+blocks where they are; without one, those of sequences of similar length are gathered into
+one dense batch.
 """
 
 from __future__ import annotations
