@@ -12,7 +12,7 @@ from sampling_cases import Params, row_params, token_history
 
 from pdserve.kernels import noise
 from pdserve.kernels.gpu import sampling as gpu_sampling
-from pdserve.kernels.sampling import LogitBias, sample_reference
+from pdserve.kernels.sampling import LogitBias, penalize, sample_reference
 
 ROWS = [
     Params(),
@@ -64,6 +64,19 @@ def test_draws_are_the_references(vocab: int, spread: float, dtype: torch.dtype)
     for given in ((None, None), (history, bias)):
         expected = sample_reference(logits, params, *given)
         assert torch.equal(gpu_sampling.sample(logits, params, *given), expected)
+
+
+@pytest.mark.parametrize("vocab", [50, 5000])
+def test_penalised_logits_are_the_references(vocab: int) -> None:
+    params = row_params([Params(repetition=1.4, presence=0.5, frequency=0.25), Params()] * 2)
+    prompts = [torch.randint(0, vocab, (size,)).tolist() for size in (0, 30, 7, 1100)]
+    outputs = [torch.randint(0, vocab, (size,)).tolist() for size in (20, 5, 0, 1200)]
+    history = token_history(prompts, outputs)
+    logits = torch.randn(4, vocab)
+    expected = logits.clone()
+    penalize(expected, params, history)
+    assert not torch.equal(expected[0], logits[0])
+    assert torch.allclose(gpu_sampling.penalize(logits, params, history), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
