@@ -71,10 +71,6 @@ class PrefillPhase:
         return len(self._waiting)
 
     @property
-    def num_computing(self) -> int:
-        return len(self._computing)
-
-    @property
     def urgent(self) -> bool:
         """Whether a prompt waits for blocks that comes before any new reservation."""
         return bool(self._waiting) and self._waiting[0].rank < Rank.NEW
@@ -87,9 +83,6 @@ class PrefillPhase:
             and (prompt.granted or prompt.kind is not PromptKind.TRANSFER)
             for prompt in self._prompts.values()
         )
-
-    def find(self, attempt: Attempt) -> Prompt | None:
-        return self._prompts.get(attempt)
 
     def add(self, prompt: Prompt) -> None:
         """``prompt`` is WAITING and fits the pool; anything larger is refused before."""

@@ -311,6 +311,6 @@ def test_a_prompt_can_be_removed_in_each_state() -> None:
             bench.step()
         assert prompt.state is list(PromptState)[steps]
         bench.retired.add(bench.phase.remove(prompt.attempt).seq)
-        assert bench.phase.find(prompt.attempt) is None and bench.schedule() == []
+        assert prompt.attempt not in bench.phase and bench.schedule() == []
         bench.check()
         assert bench.cache.counts().held == 0

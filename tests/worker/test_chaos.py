@@ -91,7 +91,7 @@ def all_answered(net: Net) -> None:
 seeds = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(shapes, orders(["aa"]), seeds)
 def test_one_worker(shape: Shape, ordered: list[Order], seed: int) -> None:
     net = net_of([shape], seed)
@@ -103,7 +103,7 @@ def test_one_worker(shape: Shape, ordered: list[Order], seed: int) -> None:
     assert net.failures.total() == 0
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(shapes, shapes, orders(["ab"]), seeds)
 def test_a_prefill_and_a_decode_worker(p: Shape, d: Shape, ordered: list[Order], seed: int) -> None:
     net = net_of([p, d], seed)
@@ -115,7 +115,7 @@ def test_a_prefill_and_a_decode_worker(p: Shape, d: Shape, ordered: list[Order],
     assert net.failures.total() == 0
 
 
-@settings(max_examples=180, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(shapes, shapes, orders(["ab", "ba", "aa", "bb"]), seeds)
 def test_two_workers_that_do_everything_for_each_other(
     a: Shape, b: Shape, ordered: list[Order], seed: int
@@ -130,7 +130,7 @@ def test_two_workers_that_do_everything_for_each_other(
     assert set(net.failures) <= {FailureKind.DROPPED}
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(
     shapes,
     shapes,

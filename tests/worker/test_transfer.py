@@ -263,7 +263,7 @@ def test_a_reservation_comes_before_a_new_prompt_of_ds_own() -> None:
     net = pair(d=Shape(num_blocks=8))
     running = request(1, tuple(range(12, 24)), "d", "d", max_tokens=4)
     own, coming = request(2, (4,), "d", "d"), request(3)
-    d, p = net.workers["d"], net.workers["p"]
+    d = net.workers["d"]
     net.submit(running)
     net.deliver_all()
     assert net.plan("d")
