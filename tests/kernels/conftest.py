@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pdserve.kernels import cpu_step
+
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
@@ -23,3 +25,11 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public functions as they are on this machine, then without the compiled loops."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_step, "serves", lambda *args: False)
+        monkeypatch.setattr(cpu_step, "serves_heads", lambda *args: False)

@@ -9,6 +9,7 @@ from pdserve.bench.kernel_cases import Chunks, PagedContexts, relative_error
 from pdserve.kernels.decode_attention import decode_attention
 from pdserve.kernels.prefill_attention import prefill_attention
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SCALE = 0.11
 

@@ -10,6 +10,7 @@ from pdserve.bench.kernel_cases import exact_rms_norm, exact_silu_mul, relative_
 from pdserve.kernels.rms_norm import rms_norm, rms_norm_reference
 from pdserve.kernels.silu_mul import silu_mul
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 

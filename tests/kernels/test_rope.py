@@ -10,6 +10,7 @@ import torch
 from pdserve.bench.kernel_cases import exact_rms_norm, exact_rope, relative_error
 from pdserve.kernels.rope import rope_and_cache, split_heads
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
 BLOCK = 16
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
