@@ -35,6 +35,13 @@ class StepLoop:
 
     def run(self) -> None:
         """Raises what the I/O thread failed with, and whatever the engine raises."""
+        try:
+            self._run()
+        finally:
+            while self._launched:  # they write blocks that are another life's from now on
+                self._launched.popleft().wait()
+
+    def _run(self) -> None:
         idle = False
         while not self._core.drained:
             for event in self._inbox.drain(self._time_to_tick() if idle else 0.0):
