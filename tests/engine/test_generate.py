@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import tiny_models
-from tiny_models import Answers, random_prompt
+from tiny_models import GREEDY, Answers, launch, new, random_prompt
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from pdserve.bench.driver import StepDriver
 from pdserve.core.params import SamplingParams
 from pdserve.core.plan import NewSequence, Row, StepPlan
-from pdserve.engine.engine import TorchEngine
 
-GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 LENGTHS = (1, 2, 5, 15, 16, 17, 40, 200)
 
 SIZES: dict[str, Any] = {
@@ -153,12 +151,3 @@ def test_bf16_weights_on_a_cpu_stay_close(llama_folder: Path, answers: Answers) 
     assert engine.kv.layout.dtype == "fp32"
     differences = [abs(logprob - float(exact[token_id])) for token_id, logprob in token.top]
     assert 1e-5 < max(differences) < 0.1
-
-
-def new(slot: int, prompt: list[int], blocks: tuple[int, ...]) -> NewSequence:
-    return NewSequence(slot, tuple(prompt), len(prompt), GREEDY, blocks)
-
-
-def launch(engine: TorchEngine, fill: NewSequence | None, row: Row) -> list[int]:
-    plan = StepPlan((fill,) if fill is not None else (), (row,))
-    return [token.token_id for token in engine.launch(plan).wait().tokens]

@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pdserve.core.card import ModelCard
 from pdserve.core.config import Deployment
+from pdserve.core.params import SamplingParams
+from pdserve.core.plan import NewSequence, Row, StepPlan
 from pdserve.engine.build import build_engine
 from pdserve.engine.engine import TorchEngine
 from pdserve.engine.shape import eos_token_ids, read_shape
 
 VOCAB = 307
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 def save(config: PretrainedConfig, folder: Path, **options: Any) -> None:
@@ -97,3 +100,12 @@ class Answers:
 def random_prompt(length: int, seed: int, vocab: int = VOCAB) -> list[int]:
     draw = torch.Generator().manual_seed(1000 * seed + length)
     return [int(token) for token in torch.randint(0, vocab, (length,), generator=draw)]
+
+
+def new(slot: int, prompt: list[int], blocks: tuple[int, ...]) -> NewSequence:
+    return NewSequence(slot, tuple(prompt), len(prompt), GREEDY, blocks)
+
+
+def launch(engine: TorchEngine, fill: NewSequence | None, row: Row) -> list[int]:
+    plan = StepPlan((fill,) if fill is not None else (), (row,))
+    return [token.token_id for token in engine.launch(plan).wait().tokens]
