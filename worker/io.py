@@ -209,6 +209,13 @@ class IoThread(threading.Thread):
             log.warning("the router has been silent too long; its requests are dropped")
             self._unsent.clear()
             self.inbox.put(RouterLost())
+        silence = self._link.complaint(now)
+        if silence is not None:
+            log.warning(
+                "no answer from a router at %s for %.0f s: it is not there, or the keys differ",
+                self._join,
+                silence,
+            )
         if due.message is not None:
             self._say(due.message)
 

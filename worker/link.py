@@ -15,6 +15,9 @@ from enum import Enum, auto
 from ..core.messages import Hello, Refused, ToRouter, ToWorker, Welcome, WorkerBeat
 
 
+COMPLAIN_AFTER_S = 10.0
+
+
 @dataclass(frozen=True, slots=True)
 class LinkTiming:
     """Seconds. ``dead_after`` is ten beats: a busy router is late, not dead."""
@@ -48,6 +51,7 @@ class RouterLink:
         self._router_epoch: int | None = None
         self._heard = now
         self._next_word = now
+        self._complained = False
         self.refusal: Refused | None = None
 
     @property
@@ -56,6 +60,14 @@ class RouterLink:
 
     def next_deadline(self) -> float:
         return self._next_word
+
+    def complaint(self, now: float) -> float | None:
+        """Seconds without an answer to Hello, once they are worth a word: each search one time."""
+        silence = now - self._heard
+        if self._state is not LinkState.SEEKING or self._complained or silence < COMPLAIN_AFTER_S:
+            return None
+        self._complained = True
+        return silence
 
     def heard(self, message: ToWorker, now: float) -> bool:
         """Takes note of any message; True where the router turns out to be another than before."""
@@ -66,6 +78,7 @@ class RouterLink:
                 replaced = self._router_epoch not in (None, router_epoch)
                 self._router_epoch = router_epoch
                 self._state = LinkState.JOINED
+                self._complained = False
             case Refused():
                 self._state = LinkState.REFUSED
                 self.refusal = message
