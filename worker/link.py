@@ -14,7 +14,6 @@ from enum import Enum, auto
 
 from ..core.messages import Hello, Refused, ToRouter, ToWorker, Welcome, WorkerBeat
 
-
 COMPLAIN_AFTER_S = 10.0
 
 
