@@ -9,7 +9,7 @@ step beside it (tokens, block tables) is read from the slots' tensors.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,29 +83,34 @@ class DecodeGraphs:
         inputs = pack(empty.arrays).to(self._logits.device)
         workspace = self._new_workspace(size)
         views = unpack(inputs, empty.arrays)
+        out = self._logits[:size]
         # Once outside of the graph: kernels are compiled and libraries set up by their first
         # call, which a capture would refuse. Padding rows only, so nothing is written.
         side = torch.cuda.Stream(self._logits.device)
         side.wait_stream(torch.cuda.current_stream(self._logits.device))
         with torch.cuda.stream(side):
-            self._step(views, workspace)
+            decode_step(self._model, self._table, views, workspace, out)
         torch.cuda.current_stream(self._logits.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads copy KV blocks meanwhile: only this one's calls are captured.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._step(views, workspace)
+            decode_step(self._model, self._table, views, workspace, out)
         return _Captured(graph, inputs, workspace)
 
-    def _step(self, views: list[Tensor], workspace: DecodeWorkspace) -> None:
-        token_index, positions, cache_slots, slots, context_lens = views
-        size = len(slots)
-        workspace.prepare(self._table.block_tables.index_select(0, slots), context_lens)
-        step = StepInput(
-            token_ids=self._table.token_ids.view(-1).index_select(0, token_index),
-            positions=positions,
-            cache_slots=cache_slots,
-            num_singles=size,
-            singles=workspace,
-            chunks=None,
-        )
-        self._model.logits(self._model.hidden(step), out=self._logits[:size])
+
+def decode_step(
+    model: Model, table: SlotTable, views: Sequence[Tensor], workspace: DecodeWorkspace, out: Tensor
+) -> None:
+    """The logits of B rows of one new token into ``out[B, vocab]``; ``views`` are the arrays of
+    ``SingleRows`` on the device. All that it reads and writes stays at its address."""
+    token_index, positions, cache_slots, slots, context_lens = views
+    workspace.prepare(table.block_tables.index_select(0, slots), context_lens)
+    step = StepInput(
+        token_ids=table.token_ids.view(-1).index_select(0, token_index),
+        positions=positions,
+        cache_slots=cache_slots,
+        num_singles=len(slots),
+        singles=workspace,
+        chunks=None,
+    )
+    model.logits(model.hidden(step), out=out)

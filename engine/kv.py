@@ -127,12 +127,13 @@ class CpuKvPool:
 class CudaKvPool:
     """Copies through pinned memory, on a stream a direction, beside the steps.
 
-    Pinned buffers come from torch's caching allocator, so that one is used again when the
-    last view of it is gone.
+    Callers are threads with no current device of their own. Pinned buffers come from torch's
+    caching allocator, so that one is used again when the last view of it is gone.
     """
 
     def __init__(self, layout: KvLayout, blocks: Tensor) -> None:
         self.layout = layout
+        self._device = blocks.device
         self._blocks = blocks
         self._bytes = _as_bytes(layout, blocks)  # [num_blocks, block_bytes] uint8
         self._reading, self._writing, self._zeroing = (
@@ -140,8 +141,8 @@ class CudaKvPool:
         )
 
     def read(self, blocks: Sequence[int]) -> list[memoryview]:
-        staging = self._staging(len(blocks))
-        with torch.cuda.stream(self._reading):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._reading):
+            staging = self._staging(len(blocks))
             for row, block in enumerate(blocks):
                 staging[row].copy_(self._bytes[block], non_blocking=True)
         self._reading.synchronize()
@@ -149,16 +150,16 @@ class CudaKvPool:
         return [memoryview(frames[row]) for row in range(len(blocks))]
 
     def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
-        staging = self._staging(len(blocks))
-        frames = staging.numpy()
-        with torch.cuda.stream(self._writing):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._writing):
+            staging = self._staging(len(blocks))
+            frames = staging.numpy()
             for row, (block, frame) in enumerate(zip(blocks, data, strict=True)):
                 frames[row] = np.frombuffer(frame, np.uint8)
                 self._bytes[block].copy_(staging[row], non_blocking=True)
         self._writing.synchronize()
 
     def zero_tail(self, block: int, num_tokens: int) -> None:
-        with torch.cuda.stream(self._zeroing):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._zeroing):
             self._blocks[block, :, :, :, num_tokens:] = 0
         self._zeroing.synchronize()
 

@@ -30,10 +30,13 @@ def pack(arrays: Sequence[Array]) -> Tensor:
     the copy that reads it is over.
     """
     buffer = torch.empty(_offsets(arrays)[-1], dtype=torch.uint8, pin_memory=True)
-    into = buffer.numpy()
-    for offset, array in zip(_offsets(arrays), arrays, strict=False):
-        into[offset : offset + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
+    pack_into(buffer.numpy(), arrays)
     return buffer
+
+
+def pack_into(buffer: npt.NDArray[np.uint8], arrays: Sequence[Array]) -> None:
+    for offset, array in zip(_offsets(arrays), arrays, strict=False):
+        buffer[offset : offset + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
 
 
 def unpack(buffer: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
