@@ -6,8 +6,7 @@ speed of cuDNN's kernel on one dense prompt of 8,192 tokens.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -16,13 +15,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels.gpu.decode_attention import DecodeTuning, SplitWorkspace, decode_attention
+from ..kernels.gpu.gather_contexts import gather_contexts
 from ..kernels.gpu.prefill_attention import cudnn_attention, prefill_attention
-from ..kernels.gpu.ragged_attention import (
-    RaggedTuning,
-    dense_attention,
-    gather_contexts,
-    paged_attention,
-)
+from ..kernels.gpu.ragged_attention import RaggedTuning, dense_attention, paged_attention
 from ..kernels.prefill_attention import PrefillBatch
 from ..kernels.rope import split_heads
 from .read_floor import ReadTuning, new_output, read_only
@@ -30,6 +25,7 @@ from .timing import DEVICE, Job, Timing, event_micros, graph_micros
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 32, 8, 128, 16
 SCALE = HEAD_DIM**-0.5
+_BURST = 8  # prefill calls timed together, as the layers of a step follow each other
 
 
 class Decode:
@@ -37,18 +33,22 @@ class Decode:
 
     SHAPES = ((32, 4096), (1, 16384), (64, 1024), (256, 1024), (1, 1024))
     TUNINGS = (
-        DecodeTuning(64, 4, 3, 8),
-        DecodeTuning(64, 4, 3, 4),
-        DecodeTuning(64, 4, 3, 16),
-        DecodeTuning(64, 4, 5, 8),
-        DecodeTuning(64, 4, 1, 8),
         DecodeTuning(64, 2, 3, 8),
-        DecodeTuning(64, 8, 3, 8),
-        DecodeTuning(32, 4, 3, 16),
-        DecodeTuning(32, 4, 5, 8),
-        DecodeTuning(32, 2, 5, 16),
+        DecodeTuning(64, 2, 3, 2),
+        DecodeTuning(64, 2, 3, 4),
+        DecodeTuning(64, 2, 3, 6),
+        DecodeTuning(64, 2, 3, 16),
+        DecodeTuning(64, 2, 2, 8),
+        DecodeTuning(64, 2, 4, 8),
+        DecodeTuning(64, 2, 4, 4),
+        DecodeTuning(64, 4, 3, 8),
+        DecodeTuning(128, 2, 2, 4),
+        DecodeTuning(128, 2, 3, 2),
+        DecodeTuning(128, 2, 3, 4),
+        DecodeTuning(128, 4, 2, 4),
+        DecodeTuning(128, 4, 3, 2),
+        DecodeTuning(128, 4, 3, 3),
         DecodeTuning(128, 4, 3, 4),
-        DecodeTuning(128, 8, 3, 8),
     )
     READS = (
         ReadTuning(32, 4, 1),
@@ -122,29 +122,36 @@ class Decode:
 class Prefill:
     """Prefill attention: ``(rows, new tokens, context)`` each."""
 
-    SHAPES = ((1, 8192, 8192), (1, 2048, 8192), (1, 512, 8192), (4, 2048, 2048), (16, 512, 512))
+    SHAPES = (
+        (1, 8192, 8192),
+        (1, 6000, 6000),
+        (1, 2048, 2048),
+        (1, 2048, 8192),
+        (1, 512, 8192),
+        (1, 128, 8192),
+        (4, 2048, 2048),
+        (16, 512, 512),
+    )
     TUNINGS = (
         RaggedTuning(128, 64, 8, 3),
         RaggedTuning(128, 64, 8, 5),
-        RaggedTuning(128, 128, 8, 2),
         RaggedTuning(128, 128, 8, 3),
-        RaggedTuning(128, 32, 8, 4),
         RaggedTuning(64, 64, 4, 3),
-        RaggedTuning(64, 128, 4, 3),
     )
 
-    def __init__(self, *, tunings: Sequence[RaggedTuning] = TUNINGS) -> None:
-        self.tunings = tunings
+    def __init__(self) -> None:
         self.best_rate = 0.0  # of cuDNN, dense 8k
 
     def jobs(self) -> Iterator[Job]:
         yield Job("prefill 1 x 8192", "cuDNN, dense", self.cudnn_dense)
         for shape in self.SHAPES:
             case = self._case(*shape)
-            variants = ["chosen", "cudnn", "cudnn, copied", "flash, dense"]
+            variants = ["chosen", "flash, dense"]
+            if shape[0] == 1 and shape[1] == shape[2]:
+                variants.append("cudnn")
             for variant in variants:
                 yield Job(case, variant, partial(self.time, shape, variant, None))
-            for tuning in self.tunings:
+            for tuning in self.TUNINGS:
                 for path in ("paged", "dense", "gather + dense"):
                     if shape[1] < shape[2] or path == "dense":
                         yield Job(
@@ -166,7 +173,8 @@ class Prefill:
             micros = event_micros(
                 lambda: functional.scaled_dot_product_attention(
                     q, k, v, is_causal=True, enable_gqa=True
-                )
+                ),
+                burst=_BURST,
             )
         self.best_rate = self._flops(1, 8192, 8192) / micros / 1e6
         return Timing("prefill 1 x 8192", "cuDNN, dense", micros, self.best_rate, "TFLOP/s", 1.0)
@@ -198,15 +206,9 @@ class Prefill:
                 q, all_k, all_v, *batch.bounds, *longest, 0.0, True, False, scale=SCALE
             )
 
-        def cudnn_copied() -> object:
-            return cudnn_attention(
-                q.contiguous(), k.contiguous(), v.contiguous(), layer, SCALE, batch
-            )
-
         calls: dict[str, Callable[[], object]] = {
             "chosen": lambda: prefill_attention(q, k, v, layer, SCALE, batch),
-            "cudnn": lambda: cudnn_attention(q, k, v, layer, SCALE, batch),
-            "cudnn, copied": cudnn_copied,
+            "cudnn": lambda: cudnn_attention(q, k, v, SCALE),
             "flash, dense": flash,
             "paged": lambda: paged_attention(q, layer, SCALE, batch, tuning=tuning),
             "dense": lambda: dense_attention(q, all_k, all_v, SCALE, batch, tuning=tuning),
@@ -214,31 +216,8 @@ class Prefill:
                 q, *gather_contexts(layer, batch), SCALE, batch, tuning=tuning
             ),
         }
-        micros = event_micros(calls[variant])
+        micros = event_micros(calls[variant], burst=_BURST)
         rate = self._flops(*shape) / micros / 1e6
         name = variant if tuning is None else f"{variant} {tuning}"
         ratio = rate / self.best_rate if self.best_rate else None
         return Timing(self._case(*shape), name, micros, rate, "TFLOP/s", ratio)
-
-
-class CudnnPlans:
-    """How long the first call of a new shape takes, and a second one."""
-
-    LENGTHS = (1024, 1000, 1016, 1500, 3001, 4096)
-
-    def jobs(self) -> Iterator[Job]:
-        for length in self.LENGTHS:
-            for prefix in (0, 2000):
-                case = f"cudnn plan {length} after {prefix}"
-                for call in ("first", "second", "third"):
-                    yield Job(case, call, partial(self.time, length, prefix, call))
-
-    def time(self, length: int, prefix: int, call: str) -> Timing:
-        qkv, layer, batch = Prefill().inputs(1, length, length + prefix)
-        q, k, v = (part.contiguous() for part in split_heads(qkv, HEADS, HEAD_DIM))
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        cudnn_attention(q, k, v, layer, SCALE, batch)
-        torch.cuda.synchronize()
-        micros = (time.perf_counter() - start) * 1e6
-        return Timing(f"cudnn plan {length} after {prefix}", call, micros, micros / 1000, "ms wall")

@@ -3,19 +3,13 @@
 First the checks against float64, then times beside their floors, in the order of what matters
 most; when ``--budget`` seconds are gone, what is left is listed as skipped. Prints the best
 variant of each case, writes all of them with ``--out``, and ends with 1 where anything failed.
-
-cuDNN's other way to plan (one plan for many lengths) is chosen by an environment variable that
-torch reads once, so it is timed in a child process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -26,13 +20,12 @@ from typing import Any
 
 import torch
 
-from .attention_timings import CudnnPlans, Decode, Prefill
+from .attention_timings import Decode, Prefill
 from .kernel_checks import Check, all_checks, poisoned_memory
 from .small_timings import Elementwise, Sampling
 from .timing import Job, Timing, copy_bandwidth
 
-ONE_PLAN = "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"
-GROUPS = ("checks", "decode", "prefill", "cudnn", "elementwise", "sampling")
+GROUPS = ("checks", "decode", "prefill", "elementwise", "sampling")
 
 
 @dataclass(slots=True)
@@ -120,40 +113,10 @@ def _bandwidth(report: Report) -> float:
     return report.copy_tb_s * 1e12
 
 
-def _cudnn(report: Report, deadline: float) -> None:
-    """Plans built for each length, then in a child one plan for many."""
-    _jobs(report, deadline, CudnnPlans().jobs())
-    if os.environ.get(ONE_PLAN) == "1":
-        _jobs(report, deadline, Prefill(tunings=()).jobs())
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "child.json"
-        left = max(deadline - time.monotonic(), 1)
-        subprocess.run(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "pdserve.bench.kernels",
-                *("--only", "cudnn", "--budget", str(left), "--out", str(out)),
-            ],
-            env={**os.environ, ONE_PLAN: "1"},
-            stdout=subprocess.DEVNULL,
-            timeout=left + 60,
-            check=False,
-        )
-        child = json.loads(out.read_text())
-    for timing in child["timings"]:
-        report.timings.append({**timing, "case": timing["case"] + ", one plan"})
-    report.errors += child["errors"]
-    report.skipped += child["skipped"]
-
-
 _GROUP_RUNS: dict[str, Callable[[Report, float], None]] = {
     "checks": _checks,
     "decode": lambda report, deadline: _jobs(report, deadline, Decode().jobs()),
     "prefill": lambda report, deadline: _jobs(report, deadline, Prefill().jobs()),
-    "cudnn": _cudnn,
     "elementwise": lambda report, deadline: _jobs(
         report, deadline, Elementwise(_bandwidth(report)).jobs()
     ),
@@ -171,7 +134,7 @@ def _print(report: Report) -> None:
         timings = [Timing(**timing) for timing in report.timings if timing["case"] == case]
         floors = [timing for timing in timings if timing.variant.startswith(("floor", "cuDNN"))]
         others = [timing for timing in timings if timing not in floors]
-        if not case.startswith(("sample", "cudnn plan")):
+        if not case.startswith("sample"):
             named = [timing for timing in others if "Tuning" not in timing.variant]
             tuned = sorted(set(others) - set(named), key=lambda timing: timing.micros)
             others = named + tuned[:4]

@@ -47,17 +47,22 @@ def graph_micros(calls: Sequence[Callable[[], object]], replays: int = 9) -> flo
     return event_micros(graph.replay, replays) / len(calls)
 
 
-def event_micros(call: Callable[[], object], repeats: int = 7) -> float:
-    """The median time of a call between two events, after one that does not count."""
+def event_micros(call: Callable[[], object], repeats: int = 7, burst: int = 1) -> float:
+    """The median time of a call between two events, after one that does not count.
+
+    With a ``burst`` that many follow each other between the events, so that the time which the
+    CPU takes to launch one counts only where it is longer than what the GPU takes.
+    """
     call()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        for _ in range(burst):
+            call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1000)
+        times.append(start.elapsed_time(end) * 1000 / burst)
     return float(statistics.median(times))
 
 

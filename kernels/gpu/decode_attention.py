@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = 1.4426950408889634
-_REDUCE_TILE = 16
+_FEW_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,15 @@ class DecodeTuning:
     """``block_n``: tokens a tile; ``programs``: programs wanted for each multiprocessor."""
 
     block_n: int = 64
-    num_warps: int = 4
+    num_warps: int = 2
     num_stages: int = 3
     programs: int = 8
 
     @classmethod
     def suited(cls, head_dim: int, dtype: torch.dtype) -> DecodeTuning:
         """Tiles that fit a Hopper multiprocessor's registers and shared memory."""
-        return cls() if head_dim * dtype.itemsize <= 256 else cls(block_n=32)
+        small = head_dim <= 128 and dtype.itemsize == 2
+        return cls() if small else cls(block_n=32, num_warps=4)
 
 
 class SplitWorkspace:
@@ -205,7 +206,7 @@ def _sum_kernel(
     first = tl.load(first_ptr + row)
     end = tl.load(first_ptr + row + 1)
     if end - first != 1:
-        dim = tl.arange(0, BLOCK_D)
+        dim = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
         peak = float("-inf")
         total = 0.0
         acc = tl.zeros([BLOCK_D], tl.float32)
@@ -236,7 +237,7 @@ def decode_attention(
 ) -> Tensor:
     """See ``kernels.decode_attention.decode_attention``.
 
-    Grids: (Hkv, pieces wanted + B) and (B, Hq).
+    Grids: (Hkv, pieces wanted + B) and (B, Hq, D / BLOCK_D).
     """
     batch, num_q_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
@@ -277,15 +278,18 @@ def decode_attention(
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )
-    _sum_kernel[(batch, num_q_heads)](
+    # Few rows have many pieces each: then smaller stretches of a head, and more pieces at once.
+    few = batch <= _FEW_ROWS
+    sum_d = min(block_d, 32) if few else block_d
+    _sum_kernel[(batch, num_q_heads, block_d // sum_d)](
         workspace.partial,
         workspace.log_sums,
         workspace.first_piece,
         out,
         NUM_Q=num_q_heads,
         HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        TILE=_REDUCE_TILE,
-        num_warps=2,
+        BLOCK_D=sum_d,
+        TILE=128 if few else 16,
+        num_warps=4 if few else 2,
     )
     return out

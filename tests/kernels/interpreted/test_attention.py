@@ -7,12 +7,10 @@ import torch
 
 from pdserve.bench.kernel_cases import Chunks, PagedContexts, relative_error
 from pdserve.kernels.gpu.decode_attention import DecodeTuning, SplitWorkspace, decode_attention
-from pdserve.kernels.gpu.ragged_attention import (
-    RaggedTuning,
-    dense_attention,
-    gather_contexts,
-    paged_attention,
-)
+from pdserve.kernels.gpu.gather_contexts import gather_contexts
+from pdserve.kernels.gpu.prefill_attention import PrefillPath, choose
+from pdserve.kernels.gpu.ragged_attention import RaggedTuning, dense_attention, paged_attention
+from pdserve.kernels.prefill_attention import PrefillBatch
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 SCALE = 0.11
@@ -44,6 +42,7 @@ def _split(
         (7, 1, 96, (0,), 16, torch.float32),
         (7, 1, 96, (31,), 64, torch.float32),
         (8, 1, 256, (16, 15), 16, torch.float32),
+        (2, 1, 80, (40, 0, 3, 16, 70, 1, 1, 1, 9), 16, torch.float32),
     ],
 )
 def test_decode(
@@ -68,7 +67,7 @@ def test_decode(
     # Eight multiprocessors: many pieces a row, and one.
     for programs in (1, 8):
         tuning = DecodeTuning(block_n=block_n, programs=programs)
-        workspace = _split(contexts, num_q_heads, 5, tuning)
+        workspace = _split(contexts, num_q_heads, 9, tuning)
         out = decode_attention(q, contexts.kv_layer, SCALE, workspace)
         assert relative_error(out, exact) < TOLERANCE[dtype]
         assert not out[[length == 0 for length in context_lens]].any()
@@ -131,3 +130,29 @@ def test_prefill(
         assert torch.equal(part, torch.cat(rows))
     out = dense_attention(chunks.q, k, v, SCALE, chunks.batch, tuning=tuning)
     assert relative_error(out, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("new_lens", "context_lens", "path"),
+    [
+        ((8192,), (8192,), PrefillPath.CUDNN),
+        ((8000,), (8000,), PrefillPath.DENSE),  # a length of its own: a plan of its own
+        ((2048,), (2048,), PrefillPath.DENSE),
+        ((512,) * 16, (512,) * 16, PrefillPath.DENSE),
+        ((2048,), (8192,), PrefillPath.GATHERED),
+        ((512, 40), (8192, 40), PrefillPath.GATHERED),
+        ((40,), (8192,), PrefillPath.PAGED),
+    ],
+)
+def test_the_path_follows_from_the_lengths(
+    new_lens: tuple[int, ...], context_lens: tuple[int, ...], path: PrefillPath
+) -> None:
+    tables = torch.zeros((len(new_lens), 1), dtype=torch.int32)
+    batch = PrefillBatch.create(tables, new_lens, context_lens)
+    assert choose(batch, torch.bfloat16, 128) is path
+
+
+def test_cudnn_takes_no_fp32_and_no_odd_head() -> None:
+    batch = PrefillBatch.create(torch.zeros((1, 1), dtype=torch.int32), (8192,), (8192,))
+    assert choose(batch, torch.float32, 128) is PrefillPath.DENSE
+    assert choose(batch, torch.bfloat16, 80) is PrefillPath.DENSE
