@@ -5,7 +5,6 @@ The rules for ``auto`` stand here and nowhere else.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ..core.config import Dtype
 from ..core.errors import ConfigError, StartupError
 
 _MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,17 @@ def memory_state(device: torch.device) -> MemoryState:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return MemoryState(total, free)
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = os.sysconf("SC_PHYS_PAGES") * page
+    return host_memory(_MEMINFO, _CGROUP)
+
+
+def host_memory(meminfo: Path, cgroup: Path) -> MemoryState:
+    """What the host has, or the container where that is less."""
+    lines = (line.split() for line in meminfo.read_text().splitlines())
+    kib = {words[0]: int(words[1]) for words in lines}
+    total, free = kib["MemTotal:"] << 10, kib["MemAvailable:"] << 10
     try:
-        lines = _MEMINFO.read_text().splitlines()
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return MemoryState(total, os.sysconf("SC_AVPHYS_PAGES") * page)
-    return MemoryState(total, free << 10)
+        limit = int((cgroup / "memory.max").read_text())  # ValueError where it says "max"
+        used = int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):
+        return MemoryState(total, free)
+    return MemoryState(min(total, limit), min(free, max(0, limit - used)))

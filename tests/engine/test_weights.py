@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from pdserve.core.config import Dtype
 from pdserve.core.errors import ConfigError, StartupError, WeightsError
-from pdserve.engine.device import Precision, resolve_device, resolve_precision
+from pdserve.engine.device import (
+    MemoryState,
+    Precision,
+    host_memory,
+    memory_state,
+    resolve_device,
+    resolve_precision,
+)
 from pdserve.engine.shape import read_shape
 from pdserve.engine.weights import dummy_weights, load_weights
 
@@ -82,6 +89,19 @@ def test_number_formats_of_a_device() -> None:
     assert resolve_precision(Dtype.FP16, gpu) == Precision(torch.float16, torch.float16)
     with pytest.raises(ConfigError, match="fp16 is for GPUs"):
         resolve_precision(Dtype.FP16, CPU)
+
+
+def test_memory_of_a_host_and_of_a_container(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 600 kB\nHugePages: 0\n")
+    assert host_memory(meminfo, tmp_path) == MemoryState(1000 << 10, 600 << 10)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert host_memory(meminfo, tmp_path) == MemoryState(1000 << 10, 600 << 10)
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert host_memory(meminfo, tmp_path) == MemoryState(5000, 4000)
+    now = memory_state(CPU)
+    assert 0 < now.free < now.total
 
 
 def test_a_gpu_that_is_not_there() -> None:
