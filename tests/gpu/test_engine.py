@@ -77,7 +77,7 @@ def test_tokens_are_the_references_best(
     graphs: bool, dtype: str, folder: Path, reference: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(GRAPHS_SWITCH, "1" if graphs else "0")
-    engine = tiny_models.engine_of(folder, device="cuda", dtype=dtype)
+    engine = tiny_models.engine_of(folder, device="cuda:0", dtype=dtype)
     assert (engine._graphs is not None) == graphs
     assert engine.limits.max_inflight == 2
     prompts = [random_prompt(length, seed=1) for length in LENGTHS]
@@ -98,7 +98,7 @@ def test_graphs_change_nothing_at_their_own_sizes(
     results = []
     for switch in ("1", "0"):
         monkeypatch.setenv(GRAPHS_SWITCH, switch)
-        engine = tiny_models.engine_of(folder, device="cuda", dtype=dtype)
+        engine = tiny_models.engine_of(folder, device="cuda:0", dtype=dtype)
         results.append(
             [
                 StepDriver(engine).run(
@@ -117,7 +117,7 @@ def test_graphs_change_nothing_at_their_own_sizes(
 
 def test_padding_rows_do_no_harm(dtype: str, folder: Path, reference: Answers) -> None:
     """Three rows run in the graph of four, five and seven in that of eight."""
-    engine = tiny_models.engine_of(folder, device="cuda", dtype=dtype)
+    engine = tiny_models.engine_of(folder, device="cuda:0", dtype=dtype)
     prompts = [random_prompt(40, seed=n) for n in range(7)]
     for rows in (3, 5, 7):
         found = StepDriver(engine).run(prompts[:rows], [GREEDY] * rows)
@@ -130,7 +130,7 @@ def test_launching_never_waits_for_the_device(
     graphs: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(GRAPHS_SWITCH, "1" if graphs else "0")
-    engine = tiny_models.engine_of(folder, device="cuda")
+    engine = tiny_models.engine_of(folder, device="cuda:0")
     fancy = SamplingParams(
         max_tokens=9,
         temperature=0.9,
@@ -156,7 +156,7 @@ def test_launching_never_waits_for_the_device(
 
 
 def test_two_steps_in_flight_draw_what_one_does(folder: Path) -> None:
-    engine = tiny_models.engine_of(folder, device="cuda")
+    engine = tiny_models.engine_of(folder, device="cuda:0")
     prompt, blocks = random_prompt(20, seed=4), (3, 1, 2)
     params = SamplingParams(max_tokens=10, temperature=1.0, seed=8, presence_penalty=0.5)
     sequence = NewSequence(0, tuple(prompt), len(prompt), params, blocks)
@@ -170,7 +170,7 @@ def test_two_steps_in_flight_draw_what_one_does(folder: Path) -> None:
 
 def test_blocks_go_to_a_cpu_and_back(folder: Path, reference: Answers) -> None:
     """Prefill here, decode there: fp32 blocks are the same bytes on both."""
-    gpu = tiny_models.engine_of(folder, device="cuda", dtype="fp32")
+    gpu = tiny_models.engine_of(folder, device="cuda:0", dtype="fp32")
     cpu = tiny_models.engine_of(folder, dtype="fp32")
     assert gpu.kv.layout == cpu.kv.layout
     prompt, mine, theirs = random_prompt(45, seed=20), (11, 3, 8, 4), (5, 6, 2, 9)
@@ -186,7 +186,7 @@ def test_blocks_go_to_a_cpu_and_back(folder: Path, reference: Answers) -> None:
 
 
 def test_bytes_of_a_pool(dtype: str, folder: Path) -> None:
-    pool = tiny_models.engine_of(folder, device="cuda", dtype=dtype).kv
+    pool = tiny_models.engine_of(folder, device="cuda:0", dtype=dtype).kv
     size = pool.layout.block_bytes
     data = [torch.randint(0, 255, (size,), dtype=torch.uint8).numpy().tobytes() for _ in range(3)]
     pool.write([4, 0, 7], [memoryview(piece) for piece in data])
