@@ -26,14 +26,14 @@ class DecodeTuning:
 
     block_n: int = 64
     num_warps: int = 2
-    num_stages: int = 3
-    programs: int = 8
+    num_stages: int = 4
+    programs: int = 4
 
     @classmethod
     def suited(cls, head_dim: int, dtype: torch.dtype) -> DecodeTuning:
         """Tiles that fit a Hopper multiprocessor's registers and shared memory."""
         small = head_dim <= 128 and dtype.itemsize == 2
-        return cls() if small else cls(block_n=32, num_warps=4)
+        return cls() if small else cls(block_n=32, num_warps=4, num_stages=3, programs=8)
 
 
 class SplitWorkspace:
