@@ -23,7 +23,7 @@ from .upload import pack, unpack
 
 
 def ladder(max_rows: int) -> tuple[int, ...]:
-    """Batch sizes up to ``max_rows``, at most an eighth apart from 64 on."""
+    """Batch sizes up to ``max_rows``: eight apart, then at most a quarter more than the last."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 513, 32)]
     below = [size for size in sizes if size < max_rows]
     return (*below, max_rows)

@@ -29,12 +29,6 @@ class Drawn:
     token_ids: Tensor  # [S] int64
     logprobs: LogProbs | None
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        if self.logprobs is None:
-            return [self.token_ids]
-        return [self.token_ids, *self.logprobs.tensors]
-
 
 @dataclass(frozen=True, slots=True)
 class LogProbs:

@@ -18,7 +18,6 @@ from ..core.plan import NewSequence, StepPlan
 from .upload import Upload
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 
 class SlotTable:
