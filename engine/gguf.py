@@ -7,8 +7,11 @@ it, and the result is kept in the user's cache.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +61,13 @@ def _convert(file: Path, folder: Path) -> None:
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name, local_files_only=True
-        )
+        with _read_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(file.parent), gguf_file=file.name, local_files_only=True
+            )
     except Exception as error:  # a foreign reader on a damaged file raises anything
         words = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(
@@ -82,6 +86,25 @@ def _convert(file: Path, folder: Path) -> None:
     config.save_pretrained(str(folder))
     _name_ends(tokenizer, config)
     tokenizer.save_pretrained(str(folder))
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Lets transformers ask for the file's fields and the table of names again and again, as it
+    does (four and some hundred times), and have them read and built once: most of its time.
+
+    Both are functions of their arguments, and nobody writes to what they return.
+    """
+    import gguf
+
+    library: Any = gguf
+    reader, names = library.GGUFReader, library.get_tensor_name_map
+    library.GGUFReader = functools.cache(reader)
+    library.get_tensor_name_map = functools.cache(names)
+    try:
+        yield
+    finally:
+        library.GGUFReader, library.get_tensor_name_map = reader, names
 
 
 def _narrowest(state: dict[str, Any]) -> Any:
