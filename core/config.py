@@ -142,7 +142,7 @@ class PoolsSection(_Section):
 
 class KvSection(_Section):
     block_size: BlockSize = 16
-    memory: Memory = "auto"  # a fraction of the device's free memory, or a size, for each device
+    memory: Memory = "auto"  # a fraction of each device (what weights leave of it), or a size
     prefix_cache: Flag = True
 
 
