@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from ..core.errors import WeightsError
@@ -99,7 +100,19 @@ def _read_once() -> Iterator[None]:
 
     library: Any = gguf
     reader, names = library.GGUFReader, library.get_tensor_name_map
-    library.GGUFReader = functools.cache(reader)
+
+    class PlainReader(gguf.GGUFReader):
+        """Slices the file as a plain array: of a memmap, each of a million slices is costly."""
+
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = mapped.view(np.ndarray)
+
+    library.GGUFReader = functools.cache(PlainReader)
     library.get_tensor_name_map = functools.cache(names)
     try:
         yield
