@@ -27,6 +27,7 @@ from .generation import Generation, Piece
 
 log = logging.getLogger(__name__)
 
+TIMELINE_HEADER = "X-Pdserve-Timeline"  # with 1, an answer ends with its timelines
 WRITE_TIMEOUT_S = 30.0  # for a client to read what it asked for
 
 _STREAM_HEADERS = {
@@ -84,7 +85,10 @@ class Answer:
     async def _whole(self) -> web.StreamResponse:
         choices = [Choice(generation.index) for generation in self._generations]
         await _all([self._collect(*pair) for pair in zip(self._generations, choices, strict=True)])
-        return web.json_response(self._bodies.whole(choices, self._usage()), dumps=_dumps)
+        body = self._bodies.whole(choices, self._usage())
+        if self._wants_timelines:
+            body["timelines"] = self._timelines()
+        return web.json_response(body, dumps=_dumps)
 
     async def _collect(self, generation: Generation, choice: Choice) -> None:
         items: list[TokenItem] = []
@@ -104,6 +108,8 @@ class Answer:
             await _all([self._pass_on(generation, events) for generation in self._generations])
             if self._call.include_usage:
                 await events.send(self._bodies.usage_chunk(self._usage()))
+            if self._wants_timelines:
+                await events.send(self._bodies.timeline_chunk(self._timelines()))
             await events.finish()
         except RequestError as error:
             await self._break_off(events, error)
@@ -142,6 +148,15 @@ class Answer:
         if piece.finish is not None:
             self._finishes.add(piece.finish)
         return piece
+
+    @property
+    def _wants_timelines(self) -> bool:
+        return self._request.headers.get(TIMELINE_HEADER) == "1"
+
+    def _timelines(self) -> list[Json]:
+        """Of each choice, in their order; all are over."""
+        found = [generation.timeline for generation in self._generations]
+        return [timeline.shown() for timeline in found if timeline is not None]
 
     def _usage(self) -> Usage:
         """A prompt counts once, however many choices were made from it."""

@@ -4,6 +4,7 @@ POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}
 GET /health     200 while the process lives
 GET /ready      200 when requests can be served, else 503 and why not
 GET /cluster    the policy, and every worker with its state and blocks
+GET /requests/{id}   the timelines of a recent call, by the id in its X-Request-Id header
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def make_app(front: Front) -> web.Application:
             web.get("/health", handlers.health),
             web.get("/ready", handlers.ready),
             web.get("/cluster", handlers.cluster),
+            web.get("/requests/{call_id}", handlers.timelines),
         ]
     )
     return app
@@ -73,7 +75,7 @@ class _Handlers:
         trace.ignored = call.ignored
         front.check(call)
         with front.service.admitted(call.num_choices):
-            generations = await front.generate(call)
+            generations = await front.generate(call, trace.call_id, trace.started)
             trace.num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
             make = ChatBodies if call.chat else CompletionBodies
             bodies = make(trace.call_id, front.card.name, front.tokenizer, call.include_usage)
@@ -109,6 +111,16 @@ class _Handlers:
         members = self._front.service.dispatch.members
         return web.json_response(
             {"policy": self._front.policy, "workers": [_shown(member) for member in members]}
+        )
+
+    async def timelines(self, request: web.Request) -> web.Response:
+        call_id = request.match_info["call_id"]
+        timelines = self._front.service.recent.of(call_id)
+        if not timelines:
+            text = "no recent call of this id has ended"
+            raise RequestError(text, status=404, code="not_found")
+        return web.json_response(
+            {"id": call_id, "timelines": [timeline.shown() for timeline in timelines]}
         )
 
     def _model(self) -> dict[str, Any]:

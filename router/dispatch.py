@@ -80,21 +80,23 @@ class Dispatch:
     # what happens
 
     def submit(self, ask: Ask, now: float) -> list[Effect]:
-        request = self._requests[ask.request_id] = Request(ask)
+        request = self._requests[ask.request_id] = Request(ask, now)
         placed = self._place(request, self._snapshot(now), now)
         if not placed:
             self._queue.append(request)
         return placed
 
-    def end(self, request_id: str, state: State) -> list[Effect]:
+    def end(self, request_id: str, state: State, now: float) -> list[Effect]:
         """The client is gone (ABORTED), or has all it wants (DONE)."""
         request = self._requests.get(request_id)
-        return self._change(request, lambda: request.end(state)) if request is not None else []
+        if request is None:
+            return []
+        return self._change(request, lambda: request.end(state), now)
 
-    def fail_all(self, error: RequestError) -> list[Effect]:
+    def fail_all(self, error: RequestError, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for request in list(self._requests.values()):
-            effects += self._change(request, partial(request.fail, error))
+            effects += self._change(request, partial(request.fail, error), now)
         return effects
 
     def receive(self, link: Link, message: ToRouter, now: float) -> list[Effect]:
@@ -109,7 +111,7 @@ class Dispatch:
         match message:
             case Started(key, num_cached_tokens):
                 if (request := self._requests.get(key.request_id)) is not None:
-                    request.started(key, num_cached_tokens)
+                    request.started(key, num_cached_tokens, now)
                 return []
             case TokenBatch(items):
                 return self._tokens(items, member.ref, now)
@@ -139,7 +141,7 @@ class Dispatch:
         self._bad_links = {pair: until for pair, until in self._bad_links.items() if until > now}
         for request in list(self._requests.values()):
             if now >= request.ask.deadline:
-                effects += self._change(request, request.expire)
+                effects += self._change(request, request.expire, now)
         return effects + self._place_queued(now)
 
     def beats(self) -> list[Effect]:
@@ -181,7 +183,7 @@ class Dispatch:
         for request in self._on(member.ref):
             if request.key not in listed and request.listed_by(member.ref, now, GRACE_S):
                 log.warning("%s has lost %s", member.ref, request.attempt)
-                effects += self._change(request, request.replay)
+                effects += self._change(request, request.replay, now)
         return effects + self._place_queued(now) if effects else []
 
     def _gone(self, ref: WorkerRef, now: float, *, strike: bool = True) -> list[Effect]:
@@ -191,7 +193,7 @@ class Dispatch:
         level = logging.WARNING if strike else logging.INFO
         log.log(level, "%s is gone; %d requests run on elsewhere", ref, len(lost))
         for request in lost:
-            effects += self._change(request, partial(request.replay, strike=strike))
+            effects += self._change(request, partial(request.replay, strike=strike), now)
         return effects + self._place_queued(now)
 
     def _lacks(self, pools: PoolsSection) -> str | None:
@@ -210,9 +212,9 @@ class Dispatch:
             if request is None:
                 continue
             attempt, num_before = request.attempt, len(request.output)
-            changed = self._change(request, partial(request.token, item, ref))
+            changed = self._change(request, partial(request.token, item, ref, now), now)
             if len(request.output) > num_before:
-                effects.append(Emit(request.id, item))
+                effects.append(Emit(request.id, item, request.marks.gap))
                 if not request.over:
                     self._loads.token(request.id)
             effects += changed
@@ -229,10 +231,12 @@ class Dispatch:
         placement = request.placement
         if failure.kind in (FailureKind.TRANSFER, FailureKind.PEER_LOST):
             self._bad_links[placement.prefill, placement.decode] = now + BAD_LINK_S
-        effects = self._change(request, partial(request.failed, failure, ref))
+        effects = self._change(request, partial(request.failed, failure, ref), now)
         return effects + self._place_queued(now)
 
-    def _change(self, request: Request, transition: Callable[[], list[Order]]) -> list[Effect]:
+    def _change(
+        self, request: Request, transition: Callable[[], list[Order]], now: float
+    ) -> list[Effect]:
         """Runs one transition, and draws what follows for the tables and for the client."""
         before = request.placement
         effects = self._tell(transition())
@@ -246,7 +250,7 @@ class Dispatch:
                 self._queue.appendleft(request)
         if request.over:
             del self._requests[request.id]
-            effects.append(End(request.id, request.num_cached_tokens or 0, request.error))
+            effects.append(End(request.timeline(now), request.error))
         return effects
 
     def _place_queued(self, now: float) -> list[Effect]:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from ..core.errors import RequestError
 from ..core.messages import TokenItem, ToWorker
+from .timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +26,23 @@ class Say:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """A token for the client: in order, each index once."""
+    """A token for the client: in order, each index once; ``gap`` seconds after the one before."""
 
     request_id: str
     item: TokenItem
+    gap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The request is over, and no more comes; ``error`` where it did not end well.
+    """The request is over, and no more comes; ``error`` where it did not end well."""
 
-    ``num_cached_tokens`` of the prompt were found in a prefix cache, as far as is known.
-    """
-
-    request_id: str
-    num_cached_tokens: int = 0
+    timeline: Timeline
     error: RequestError | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.timeline.request_id
 
 
 Effect: TypeAlias = Say | Emit | End

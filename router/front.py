@@ -65,8 +65,11 @@ class Front:
                 code="invalid_value",
             )
 
-    async def generate(self, call: Call) -> list[Generation]:
-        """Tokenizes the prompts, and opens a request for each choice."""
+    async def generate(self, call: Call, call_id: str, arrived: float) -> list[Generation]:
+        """Tokenizes the prompts, and opens a request for each choice.
+
+        The call came under that id at that time, of the monotonic clock.
+        """
         prompts = [await self._token_ids(prompt) for prompt in call.prompts]
         seed = secrets.randbits(63) if call.fields.seed is None else call.fields.seed % 2**63
         deadline = self.service.deadline()
@@ -83,6 +86,8 @@ class Front:
                 ),
                 deadline,
                 call.route,
+                call_id,
+                arrived,
             )
             for prompt in prompts
             for choice in range(call.fields.n)

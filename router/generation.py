@@ -13,6 +13,7 @@ from ..core.messages import FinishReason, TokenItem
 from .detokenizer import Decode, Detokenizer, StopStrings
 from .requests import State
 from .service import Stream
+from .timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,12 @@ class Generation:
     @property
     def num_cached_tokens(self) -> int:
         """Known once it is over."""
-        return self._stream.num_cached_tokens
+        return self.timeline.num_cached_tokens if self.timeline is not None else 0
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Known once it is over."""
+        return self._stream.timeline
 
     async def next(self) -> Piece:
         """The next tokens, as soon as there are any. Raises RequestError where it failed."""

@@ -33,6 +33,7 @@ from ..core.messages import (
 )
 from ..core.params import SamplingParams
 from .policy import Placement, Wish
+from .timeline import Marks, Outcome, Timeline
 
 MAX_STRIKES = 2  # after so many it runs alone
 
@@ -50,20 +51,26 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What is to be generated. ``deadline`` is when it is over, done or not."""
+    """What is to be generated. ``deadline`` is when it is over, done or not.
+
+    ``call_id`` names the call that it is part of, which came at ``arrived``.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams
     deadline: float
     route: Policy | None = None
+    call_id: str = ""
+    arrived: float | None = None  # None: when it is submitted
 
 
 class Request:
     """``orders`` of a call are what workers must be told; the caller tells those that live."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Ask, now: float) -> None:
         self.ask = ask
+        self.marks = Marks(ask.arrived if ask.arrived is not None else now, now)
         self.state = State.QUEUED
         self.output: list[int] = []
         self.strikes = 0
@@ -74,6 +81,7 @@ class Request:
         self._number = 1
         self._num_before = 0  # tokens of the output that earlier attempts have drawn
         self._decoding = False  # the decode worker has all it needs from the other
+        self._last_placement: Placement | None = None
 
     @property
     def id(self) -> str:
@@ -127,8 +135,9 @@ class Request:
         """QUEUED -> PLACED. The decode worker is told first: it is to know what it is asked."""
         assert self.state is State.QUEUED and self.placement is None
         self.state = State.PLACED
-        self.placement = placement
+        self.placement = self._last_placement = placement
         self.placed_at = now
+        self.marks.place(now)
         self._num_before = len(self.output)
         self._decoding = False
         if placement.whole:
@@ -139,11 +148,14 @@ class Request:
             (placement.prefill, self._place(Task.PREFILL, decode)),
         ]
 
-    def started(self, key: Key, num_cached_tokens: int) -> None:
-        if key == self.key and self.num_cached_tokens is None:
+    def started(self, key: Key, num_cached_tokens: int, now: float) -> None:
+        if key != self.key:
+            return
+        self.marks.start(now)
+        if self.num_cached_tokens is None:
             self.num_cached_tokens = min(num_cached_tokens, len(self.ask.prompt))
 
-    def token(self, item: TokenItem, worker: WorkerRef) -> list[Order]:
+    def token(self, item: TokenItem, worker: WorkerRef, now: float) -> list[Order]:
         """Takes the token into ``output`` if it is the next one. A gap loses the attempt."""
         placement = self.placement
         if placement is None or item.key != self.key or worker not in placement.workers:
@@ -155,6 +167,7 @@ class Request:
         if item.index > len(self.output):
             return self.replay()
         self.output.append(item.token_id)
+        self.marks.token(now, handed_over=worker != placement.prefill)
         self.state = State.STREAMING
         ended = item.finish is not None
         full = len(self.output) >= self.ask.params.max_tokens
@@ -211,6 +224,31 @@ class Request:
         orders = self._orders_to_abort()
         self._over(state)
         return orders
+
+    def timeline(self, now: float) -> Timeline:
+        """Of a request that is over since now."""
+        assert self.over
+        marks, placement = self.marks, self._last_placement
+        return Timeline(
+            self.id,
+            self.ask.call_id,
+            Outcome(self.state),
+            self.error.code if self.error is not None else None,
+            placement.prefill.worker_id if placement is not None else None,
+            placement.decode.worker_id if placement is not None else None,
+            num_attempts=self._number,
+            num_prompt_tokens=len(self.ask.prompt),
+            num_cached_tokens=self.num_cached_tokens or 0,
+            num_output_tokens=len(self.output),
+            arrived=marks.arrived,
+            tokenized=marks.tokenized,
+            placed=marks.placed,
+            started=marks.started,
+            first_token=marks.first_token,
+            handed_over=marks.handed_over,
+            last_token=marks.last_token,
+            finished=now,
+        )
 
     def _over(self, state: State) -> None:
         assert not self.over

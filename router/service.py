@@ -20,6 +20,7 @@ from .control import ControlSockets
 from .dispatch import Dispatch
 from .effects import Effect, Emit, End, Link, Say
 from .requests import Ask, State
+from .timeline import Recent, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Stream:
 
     def __init__(self, service: Service, ask: Ask) -> None:
         self.ask = ask
-        self.num_cached_tokens = 0  # of the prompt; known at the end
+        self.timeline: Timeline | None = None  # known at the end
         self._service = service
         self._items: deque[TokenItem] = deque()
         self._ended = False
@@ -60,7 +61,7 @@ class Stream:
 
     def end(self, end: End) -> None:
         self._ended = True
-        self.num_cached_tokens = end.num_cached_tokens
+        self.timeline = end.timeline
         self._error = end.error
         self._changed.set()
 
@@ -70,6 +71,7 @@ class Service:
         self, dispatch: Dispatch, control: ControlSockets, router: RouterSection, clock: Clock
     ) -> None:
         self.dispatch = dispatch
+        self.recent = Recent()
         self._control = control
         control.receive = self.receive
         self._router = router
@@ -117,7 +119,7 @@ class Service:
         return stream
 
     def close(self, request_id: str, state: State) -> None:
-        self._run(self.dispatch.end(request_id, state))
+        self._run(self.dispatch.end(request_id, state, self._clock()))
 
     def receive(self, link: Link, message: ToRouter) -> None:
         self._run(self.dispatch.receive(link, message, self._clock()))
@@ -144,7 +146,7 @@ class Service:
         if self._streams:
             log.warning("%d requests did not end in time", len(self._streams))
         error = Unavailable("the server has been shut down", code="draining")
-        self._run(self.dispatch.fail_all(error))
+        self._run(self.dispatch.fail_all(error, self._clock()))
         self._run(self.dispatch.drain())
 
     def _run(self, effects: Sequence[Effect]) -> None:
@@ -159,6 +161,7 @@ class Service:
                 case Emit(request_id, item):
                     if (stream := self._streams.get(request_id)) is not None:
                         stream.put(item)
-                case End(request_id):
-                    if (stream := self._streams.pop(request_id, None)) is not None:
+                case End(timeline):
+                    self.recent.keep(timeline)
+                    if (stream := self._streams.pop(timeline.request_id, None)) is not None:
                         stream.end(effect)

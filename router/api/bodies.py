@@ -54,6 +54,8 @@ class Bodies(Protocol):
 
     def usage_chunk(self, usage: Usage) -> Json: ...
 
+    def timeline_chunk(self, timelines: list[Json]) -> Json: ...
+
     def logprobs(self, items: Sequence[TokenItem], offset: int) -> tuple[Json, int]:
         """Of these tokens, the first of which begins at character ``offset``; and the next."""
         ...
@@ -113,6 +115,9 @@ class ChatBodies(_Common):
     def usage_chunk(self, usage: Usage) -> Json:
         return self._chunk(self._CHUNK, self._NAME, [], usage)
 
+    def timeline_chunk(self, timelines: list[Json]) -> Json:
+        return self._chunk(self._CHUNK, self._NAME, []) | {"timelines": timelines}
+
     def logprobs(self, items: Sequence[TokenItem], offset: int) -> tuple[Json, int]:
         content = [
             self._token(item.token_id, item.logprob)
@@ -155,6 +160,9 @@ class CompletionBodies(_Common):
 
     def usage_chunk(self, usage: Usage) -> Json:
         return self._chunk(self._KIND, self._NAME, [], usage)
+
+    def timeline_chunk(self, timelines: list[Json]) -> Json:
+        return self._chunk(self._KIND, self._NAME, []) | {"timelines": timelines}
 
     def logprobs(self, items: Sequence[TokenItem], offset: int) -> tuple[Json, int]:
         texts = [self.vocabulary.token_text(item.token_id) for item in items]

@@ -38,6 +38,7 @@ from pdserve.router.dispatch import BAD_LINK_S, GRACE_S, Dispatch
 from pdserve.router.effects import Effect, Emit, End, Link, Say
 from pdserve.router.membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership
 from pdserve.router.requests import Ask, State
+from pdserve.router.timeline import Outcome, Timeline
 
 BLOCKS = BlockCounts(64, 64, 0, 0)
 ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
@@ -131,6 +132,11 @@ def ended(effects: Sequence[Effect]) -> list[RequestError | None]:
     return [effect.error for effect in effects if isinstance(effect, End)]
 
 
+def one_timeline(effects: Sequence[Effect]) -> Timeline:
+    (timeline,) = [effect.timeline for effect in effects if isinstance(effect, End)]
+    return timeline
+
+
 def test_one_request_from_its_arrival_to_its_end() -> None:
     world = World()
     assert world.join("p", "d") == [
@@ -143,7 +149,8 @@ def test_one_request_from_its_arrival_to_its_end() -> None:
     assert emitted(world.token("d", 0) + world.token("d", 1)) == [1]
     effects = world.token("d", 2, finish=FinishReason.STOP)
     assert emitted(effects) == [2] and aborted(effects) == ["p"]
-    assert effects[-1] == End(request_id(0), num_cached_tokens=2)
+    assert effects[-1] == End(timeline := one_timeline(effects))
+    assert (timeline.outcome, timeline.num_cached_tokens) == (Outcome.DONE, 2)
     assert world.dispatch.num_requests == 0
     assert all(beat.message == RouterBeat(()) for beat in world.dispatch.beats())  # type: ignore[union-attr]
 
@@ -268,9 +275,9 @@ def test_a_failed_transfer_marks_the_link_and_not_the_workers() -> None:
     assert places(world.submit(ask())) == [("d", Task.DECODE, 1), ("p1", Task.PREFILL, 1)]
     failure = AttemptFailed(Key(request_id(0), 1), FailureKind.TRANSFER, "cut")
     assert [place[0] for place in places(world.says("d", failure))] == ["d", "p2"]
-    world.dispatch.end(request_id(0), State.ABORTED)
+    world.dispatch.end(request_id(0), State.ABORTED, world.now)
     assert places(world.submit(ask(1)))[1][0] == "p2"
-    world.dispatch.end(request_id(1), State.ABORTED)
+    world.dispatch.end(request_id(1), State.ABORTED, world.now)
     for name in ("p1", "p2", "d"):
         world.at(BAD_LINK_S + 1).beat(name)
     world.dispatch.tick(BAD_LINK_S + 1)
@@ -315,14 +322,15 @@ def test_replays_go_before_those_that_wait() -> None:
 def test_the_client_hangs_up_in_any_state() -> None:
     world = World(Policy.DISAGGREGATED)
     world.submit(ask(0))
-    assert world.dispatch.end(request_id(0), State.ABORTED) == [End(request_id(0))]
+    effects = world.dispatch.end(request_id(0), State.ABORTED, world.now)
+    assert effects == [End(one_timeline(effects))]
     world.join("p", "d")
     world.submit(ask(1))
-    assert aborted(world.dispatch.end(request_id(1), State.ABORTED)) == ["p", "d"]
+    assert aborted(world.dispatch.end(request_id(1), State.ABORTED, world.now)) == ["p", "d"]
     world.submit(ask(2))
     world.token("p", 0, request=2)
-    assert aborted(world.dispatch.end(request_id(2), State.ABORTED)) == ["p", "d"]
-    assert world.dispatch.end(request_id(2), State.ABORTED) == []
+    assert aborted(world.dispatch.end(request_id(2), State.ABORTED, world.now)) == ["p", "d"]
+    assert world.dispatch.end(request_id(2), State.ABORTED, world.now) == []
 
 
 def test_goodbye_is_no_strike() -> None:
@@ -409,7 +417,7 @@ def test_whatever_happens_every_index_comes_once_and_every_request_ends(
             world.now += one + 0.5
             take(world.dispatch.tick(world.now))
         elif what == "end" and num_submitted:
-            take(world.dispatch.end(request_id(other % num_submitted), State.ABORTED))
+            take(world.dispatch.end(request_id(other % num_submitted), State.ABORTED, world.now))
         elif name in world.epochs:
             request = world.dispatch._requests.get(request_id(other))
             number = request.attempt.number if request is not None else 1

@@ -33,7 +33,7 @@ def address(ref: WorkerRef) -> PeerAddress:
 
 
 def request(max_tokens: int = 4, placement: Placement | None = SPLIT) -> Request:
-    made = Request(Ask(ID, (5, 6, 7), SamplingParams(max_tokens=max_tokens), deadline=60.0))
+    made = Request(Ask(ID, (5, 6, 7), SamplingParams(max_tokens=max_tokens), deadline=60.0), 0.0)
     if placement is not None:
         made.place(placement, address, 0.0)
     return made
@@ -74,50 +74,50 @@ def test_a_whole_placement_names_nobody() -> None:
 def test_each_index_is_taken_once_whoever_sends_it() -> None:
     one = request()
     for sender, item in [(P, 0), (D, 0), (D, 1), (P, 0), (D, 1), (D, 2)]:
-        assert one.token(token(item), sender) == []
+        assert one.token(token(item), sender, 0.0) == []
     assert one.output == [100, 101, 102]
     assert one.state is State.STREAMING
-    assert one.token(token(3, finish=FinishReason.LENGTH), D) == [(P, Abort(Key(ID, 1)))]
+    assert one.token(token(3, finish=FinishReason.LENGTH), D, 0.0) == [(P, Abort(Key(ID, 1)))]
     assert one.state is State.DONE and one.over
-    assert one.token(token(4), D) == []
+    assert one.token(token(4), D, 0.0) == []
     assert one.output == [100, 101, 102, 103]
 
 
 def test_the_receiver_may_overtake() -> None:
     one = request()
-    one.token(token(0), D)
-    one.token(token(1), D)
-    one.token(token(0), P)
+    one.token(token(0), D, 0.0)
+    one.token(token(1), D, 0.0)
+    one.token(token(0), P, 0.0)
     assert one.output == [100, 101]
 
 
 def test_where_the_first_token_is_the_last_the_receiver_is_told() -> None:
     one = request()
-    assert aborts(one.token(token(0, finish=FinishReason.STOP), P)) == [(D, 1)]
+    assert aborts(one.token(token(0, finish=FinishReason.STOP), P, 0.0)) == [(D, 1)]
     assert one.state is State.DONE
 
 
 def test_more_tokens_than_asked_for_are_not_taken() -> None:
     one = request(max_tokens=2)
-    one.token(token(0), P)
-    assert aborts(one.token(token(1), D)) == [(P, 1), (D, 1)]
+    one.token(token(0), P, 0.0)
+    assert aborts(one.token(token(1), D, 0.0)) == [(P, 1), (D, 1)]
     assert one.state is State.DONE
 
 
 def test_tokens_of_strangers_and_of_older_attempts_are_nothing() -> None:
     one = request()
-    one.token(token(0), M)
-    one.token(token(0, number=0), P)
+    one.token(token(0), M, 0.0)
+    one.token(token(0, number=0), P, 0.0)
     assert one.output == []
     one.replay()
-    one.token(token(0), P)
+    one.token(token(0), P, 0.0)
     assert one.output == []
 
 
 def test_a_gap_loses_the_attempt() -> None:
     one = request()
-    one.token(token(0), P)
-    assert aborts(one.token(token(2), D)) == [(P, 1), (D, 1)]
+    one.token(token(0), P, 0.0)
+    assert aborts(one.token(token(2), D, 0.0)) == [(P, 1), (D, 1)]
     assert (one.state, one.strikes, one.output) == (State.QUEUED, 1, [100])
 
 
@@ -135,7 +135,7 @@ def test_whom_an_attempt_needs(
 ) -> None:
     one = request()
     for sender, index in tokens:
-        one.token(token(index), sender)
+        one.token(token(index), sender, 0.0)
     assert (one.needs(P), one.needs(D), one.needs(M)) == (needs_p, needs_d, False)
 
 
@@ -153,22 +153,22 @@ def test_who_must_list_it(
 ) -> None:
     one = request()
     for sender, index in tokens:
-        one.token(token(index), sender)
+        one.token(token(index), sender, 0.0)
     assert (one.listed_by(P, now, 2.0), one.listed_by(D, now, 2.0)) == (p, d)
     assert not one.listed_by(M, now, 2.0)
 
 
 def test_a_replay_carries_the_output_and_goes_on_with_its_index() -> None:
     one = request()
-    one.token(token(0), P)
-    one.token(token(1), D)
+    one.token(token(0), P, 0.0)
+    one.token(token(1), D, 0.0)
     assert aborts(one.replay()) == [(P, 1), (D, 1)]
     assert (one.state, one.wish.num_tokens) == (State.QUEUED, 5)
     (told,) = one.place(WHOLE, address, 3.0)
     assert told[1] == Place(Key(ID, 2), Task.WHOLE, (5, 6, 7), (100, 101), one.ask.params)
     assert not one.prefilled
-    one.token(token(1, number=2), M)
-    one.token(token(2, number=2), M)
+    one.token(token(1, number=2), M, 0.0)
+    one.token(token(2, number=2), M, 0.0)
     assert one.output == [100, 101, 102] and one.prefilled
 
 
@@ -233,23 +233,23 @@ def test_the_end_that_the_client_makes(state: State) -> None:
     placed = request()
     assert aborts(placed.end(state)) == [(P, 1), (D, 1)]
     streaming = request()
-    streaming.token(token(0), P)
+    streaming.token(token(0), P, 0.0)
     assert aborts(streaming.end(state)) == [(P, 1), (D, 1)]
     assert streaming.error is None
 
 
 def test_cached_tokens_are_those_of_the_first_attempt() -> None:
     one = request()
-    one.started(Key(ID, 9), 1)
+    one.started(Key(ID, 9), 1, 0.0)
     assert one.num_cached_tokens is None
-    one.started(Key(ID, 1), 2)
+    one.started(Key(ID, 1), 2, 0.0)
     one.replay()
     one.place(SPLIT, address, 1.0)
-    one.started(Key(ID, 2), 3)
+    one.started(Key(ID, 2), 3, 0.0)
     assert one.num_cached_tokens == 2
 
 
 def test_the_wish() -> None:
     ask = Ask(ID, (1, 2), SamplingParams(max_tokens=9), 1.0, Policy.COLOCATED)
-    wish = Request(ask).wish
+    wish = Request(ask, 0.0).wish
     assert (wish.num_tokens, wish.max_total, wish.route) == (2, 11, Policy.COLOCATED)
