@@ -23,6 +23,15 @@ class Task(StrEnum):
     WHOLE = "whole"  # both, on this worker, with no transfer
 
 
+class Medium(StrEnum):
+    """How KV blocks cross from one worker to another."""
+
+    CUDA_IPC = "cuda_ipc"  # D maps P's pool, on a GPU of the same host, and pulls
+    SHM = "shm"  # D copies out of P's pool, which lies in shared memory
+    TCP = "tcp"  # frames over a socket
+    INPROC = "inproc"  # frames within one process
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Attempt:
     """One try at one request. A newer number ends the older one on the same worker."""

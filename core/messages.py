@@ -4,7 +4,7 @@ Sockets: the router binds one ROUTER socket, each worker connects a DEALER to it
 is kept between two ends, but any message may be lost with its connection: beats list
 what is live, and what a beat does not list is over.
 
-    worker -> router   Hello, WorkerBeat, Started, TokenBatch, AttemptFailed, Bye
+    worker -> router   Hello, WorkerBeat, Started, TokenBatch, TransferDone, AttemptFailed, Bye
     router -> worker   Welcome, Refused, Place, Abort, RouterBeat, Drain
 """
 
@@ -17,12 +17,13 @@ from typing import Annotated, TypeAlias
 from pydantic import ConfigDict, Field
 
 from .codec import Codec
-from .ids import Attempt, Role, Task, WorkerRef
+from .ids import Attempt, Medium, Role, Task, WorkerRef
 from .params import SamplingParams, TokenId
 
 PROTOCOL_VERSION = 1
 MAX_TOKENS = 1 << 21  # the longest sequence any message may speak of
 MAX_LIVE = 1 << 16
+MAX_LINKS = 1 << 12
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -31,6 +32,8 @@ Endpoint = Annotated[str, Field(max_length=256)]
 Sentence = Annotated[str, Field(max_length=4096)]
 Epoch = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+ByteCount = Annotated[int, Field(ge=0, lt=2**53)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Tokens = Annotated[tuple[TokenId, ...], Field(max_length=MAX_TOKENS)]
 RequestId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
@@ -127,12 +130,22 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerLink:
+    """A worker that the speaker sends KV blocks to, and how."""
+
+    __pydantic_config__ = _STRICT
+    worker_id: Name
+    medium: Medium
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerBeat:
     __pydantic_config__ = _STRICT
     blocks: BlockCounts
     waiting: Count
     running: Count
     live: Annotated[tuple[Key, ...], Field(max_length=MAX_LIVE)]
+    links: Annotated[tuple[PeerLink, ...], Field(max_length=MAX_LINKS)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +163,25 @@ class TokenBatch:
 
     __pydantic_config__ = _STRICT
     items: Annotated[tuple[TokenItem, ...], Field(max_length=MAX_LIVE)]
+
+
+@dataclass(frozen=True, slots=True)
+class TransferDone:
+    """P's account of a transfer that D has whole; every time is of P's own clock.
+
+    ``waited_s`` from the prompt's start to the grant; ``moving_s`` from the first block that
+    left to D's word that all are in, the time between chunks included; ``exposed_s`` of that,
+    what came after the prompt was computed. It may come after the end of its request.
+    """
+
+    __pydantic_config__ = _STRICT
+    key: Key
+    peer: Name
+    medium: Medium
+    num_bytes: ByteCount
+    waited_s: Seconds
+    moving_s: Seconds
+    exposed_s: Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +255,10 @@ class Drain:
     __pydantic_config__ = _STRICT
 
 
-ToRouter: TypeAlias = Hello | WorkerBeat | Started | TokenBatch | AttemptFailed | Bye
+ToRouter: TypeAlias = Hello | WorkerBeat | Started | TokenBatch | TransferDone | AttemptFailed | Bye
 ToWorker: TypeAlias = Welcome | Refused | Place | Abort | RouterBeat | Drain
 
-TO_ROUTER: Codec[ToRouter] = Codec(Hello, WorkerBeat, Started, TokenBatch, AttemptFailed, Bye)
+TO_ROUTER: Codec[ToRouter] = Codec(
+    Hello, WorkerBeat, Started, TokenBatch, TransferDone, AttemptFailed, Bye
+)
 TO_WORKER: Codec[ToWorker] = Codec(Welcome, Refused, Place, Abort, RouterBeat, Drain)

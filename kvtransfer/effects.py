@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..core.ids import Attempt, WorkerRef
-from ..core.messages import FailureKind, PeerAddress, TokenItem
+from ..core.messages import FailureKind, PeerAddress, TokenItem, TransferDone
 from .messages import Chunk, ToReceiver, ToSender
 
 # P knows where to dial; D answers whoever has dialled in under this name
@@ -56,9 +56,13 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Complete or withdrawn, and no send outstanding: P frees its blocks. Said once."""
+    """Complete or withdrawn, and no send outstanding: P frees its blocks. Said once.
+
+    ``done`` where it is complete: what it took.
+    """
 
     attempt: Attempt
+    done: TransferDone | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..core.ids import Attempt
-from ..core.messages import Key, PeerAddress, TokenItem
+from ..core.ids import Attempt, Medium
+from ..core.messages import Key, PeerAddress, TokenItem, TransferDone
 from .effects import Released, SendFailed
 
 
@@ -23,6 +23,7 @@ class OutgoingTransfer:
     key: Key
     num_tokens: int
     num_blocks: int
+    started_at: float
     lease_until: float
     resend_at: float
     num_resends: int = 0
@@ -32,6 +33,9 @@ class OutgoingTransfer:
     chunks: dict[int, SentChunk] = field(default_factory=dict)  # by first block
     token: TokenItem | None = None
     commit_sent: bool = False
+    granted_at: float | None = None
+    moving_at: float | None = None  # when the first block left
+    computed_at: float | None = None
     outcome: Released | SendFailed | None = None
 
     @property
@@ -51,6 +55,20 @@ class OutgoingTransfer:
     def sending(self) -> bool:
         return any(chunk.sending for chunk in self.chunks.values())
 
+    def done(self, peer: str, medium: Medium, block_bytes: int, now: float) -> TransferDone:
+        """What it took, now that the peer has it whole."""
+        assert self.first_block is not None and self.granted_at is not None
+        assert self.computed_at is not None
+        return TransferDone(
+            key=self.key,
+            peer=peer,
+            medium=medium,
+            num_bytes=(self.num_blocks - self.first_block) * block_bytes,
+            waited_s=self.granted_at - self.started_at,
+            moving_s=now - self.moving_at if self.moving_at is not None else 0.0,
+            exposed_s=now - max(self.computed_at, self.granted_at),
+        )
+
 
 @dataclass(slots=True)
 class OutgoingLink:
@@ -61,6 +79,7 @@ class OutgoingLink:
     quiet_since: float
     heard_at: float | None = None
     connect_at: float | None = None  # when Connect was last said
+    medium: Medium = Medium.TCP
     num_inflight: int = 0  # blocks, of all transfers
     transfers: dict[Attempt, OutgoingTransfer] = field(default_factory=dict)
 

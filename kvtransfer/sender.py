@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..core.ids import Attempt, WorkerRef
-from ..core.messages import FailureKind, Key, PeerAddress, TokenItem
+from ..core.messages import MAX_LINKS, FailureKind, Key, PeerAddress, PeerLink, TokenItem
 from .effects import Granted, Released, Send, SendChunk, SenderEffect, SendFailed
 from .handshake import Handshake
 from .leases import overdue
@@ -55,6 +55,14 @@ class Sender:
         link = self._links.get(peer)
         return link.live() if link is not None else ()
 
+    def links(self) -> tuple[PeerLink, ...]:
+        """The peers that take, or took a moment ago, what this worker sends."""
+        return tuple(
+            PeerLink(link.address.worker_id, link.medium)
+            for link in self._links.values()
+            if link.heard_at is not None
+        )[:MAX_LINKS]
+
     def granted(self, attempt: Attempt) -> bool:
         found = self._find(attempt)
         return found is not None and found[1].granted
@@ -76,6 +84,7 @@ class Sender:
             key=Key.of(attempt),
             num_tokens=num_tokens,
             num_blocks=self._settings.num_blocks(num_tokens),
+            started_at=now,
             lease_until=now + self._settings.lease_s,
             resend_at=now + self._settings.resend_s,
         )
@@ -105,6 +114,7 @@ class Sender:
             return []
         link, transfer = found
         transfer.token = token
+        transfer.computed_at = now
         return self._pump(link, now)
 
     def withdraw(self, attempt: Attempt, now: float) -> list[SenderEffect]:
@@ -232,6 +242,7 @@ class Sender:
             )
             return self._give_up(link, transfer, FailureKind.TRANSFER, text, now)
         transfer.first_block = transfer.next_block = grant.first_block
+        transfer.granted_at = now
         self._progress(transfer, now)
         return [Granted(transfer.key.attempt), *self._pump(link, now)]
 
@@ -256,7 +267,9 @@ class Sender:
         if not transfer.commit_sent:
             self.num_dropped += 1  # it can't know that
             return []
-        outcome = Released(transfer.key.attempt)
+        worker_id, block_bytes = link.address.worker_id, self._settings.block_bytes
+        done = transfer.done(worker_id, link.medium, block_bytes, now)
+        outcome = Released(transfer.key.attempt, done)
         return [*self._end(link, transfer, outcome), *self._pump(link, now)]
 
     def _listed(self, link: OutgoingLink, key: Key, now: float) -> list[SenderEffect]:
@@ -284,6 +297,8 @@ class Sender:
                 transfer.chunks[first] = SentChunk(count)
                 transfer.next_block += count
                 link.num_inflight += count
+                if transfer.moving_at is None:
+                    transfer.moving_at = now
                 effects.append(self._send_chunk(link, transfer, first, count))
                 self._progress(transfer, now)
             if transfer.commit_due:

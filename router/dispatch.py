@@ -31,6 +31,7 @@ from ..core.messages import (
     TokenBatch,
     TokenItem,
     ToRouter,
+    TransferDone,
     Welcome,
     WorkerBeat,
 )
@@ -115,6 +116,8 @@ class Dispatch:
                 return []
             case TokenBatch(items):
                 return self._tokens(items, member.ref, now)
+            case TransferDone():
+                return []
             case AttemptFailed():
                 return self._failed(message, member.ref, now)
             case Bye():

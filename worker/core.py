@@ -103,6 +103,7 @@ class WorkerCore:
             waiting=life.prefill.num_waiting + life.decode.num_reserving,
             running=life.decode.num_running,
             live=life.attempts.live_keys(),
+            links=self._sender.links(),
         )
 
     # what comes in

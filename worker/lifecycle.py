@@ -235,7 +235,9 @@ class Lifecycle:
                 case Granted(attempt=attempt):
                     if attempt in self.prefill:
                         self.prefill.grant(attempt, now)
-                case Released(attempt=attempt):
+                case Released(attempt=attempt, done=done):
+                    if done is not None:
+                        self.tell(done)
                     self._sending_over(attempt, None, now)
                 case SendFailed(attempt=attempt):
                     self._sending_over(attempt, effect, now)

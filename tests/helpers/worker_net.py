@@ -28,6 +28,7 @@ from pdserve.core.messages import (
     TokenBatch,
     ToRouter,
     ToWorker,
+    TransferDone,
 )
 from pdserve.core.params import SamplingParams
 from pdserve.kvtransfer.effects import Send, SendChunk, Write
@@ -213,7 +214,7 @@ class Net:
                 request = self.requests[key.request_id]
                 if key.number == request.number and not request.done:
                     self._replay(request)
-            case Started() | Bye():
+            case Started() | TransferDone() | Bye():
                 pass
             case _:
                 raise AssertionError(message)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from kv_parts import ADDRESS, SETTINGS, D, P, address, attempt, handshake, token_of
 
-from pdserve.core.ids import WorkerRef
-from pdserve.core.messages import FailureKind, Key
+from pdserve.core.ids import Medium, WorkerRef
+from pdserve.core.messages import FailureKind, Key, PeerLink, TransferDone
 from pdserve.kvtransfer.effects import Granted, Released, Send, SendChunk, SenderEffect, SendFailed
 from pdserve.kvtransfer.messages import (
     Accepted,
@@ -43,6 +43,15 @@ def chunk(first: int, *blocks: int) -> SendChunk:
     """The last of A's 6 blocks holds 2 of its 22 tokens."""
     tail_tokens = 2 if first + len(blocks) == 6 else 0
     return SendChunk(ADDRESS, Chunk(KEY, first, len(blocks)), blocks, tail_tokens)
+
+
+def complete(
+    num_blocks: int, waited: float = 0.0, moving: float = 0.0, exposed: float = 0.0
+) -> Released:
+    """A's blocks go back: the peer has ``num_blocks`` that it did not have."""
+    num_bytes = num_blocks * SETTINGS.block_bytes
+    done = TransferDone(KEY, D.worker_id, Medium.TCP, num_bytes, waited, moving, exposed)
+    return Released(A, done)
 
 
 @pytest.fixture
@@ -120,7 +129,7 @@ def test_blocks_leave_as_they_are_offered_within_the_window(sender: Sender) -> N
     assert sender.sent(A, 1, 0.0) == [chunk(5, 15), to_d(Commit(KEY, NUM_TOKENS, TOKEN))]
     sender.sent(A, 3, 0.0)
     sender.sent(A, 5, 0.0)
-    assert sender.receive(D, Complete(KEY), 0.0) == [Released(A)]
+    assert sender.receive(D, Complete(KEY), 0.0) == [complete(6)]
     assert sender.live(D) == ()
 
 
@@ -169,7 +178,30 @@ def test_a_whole_prompt_in_the_peers_cache_needs_the_commit_only(sender: Sender)
     granted(sender, first_block=6)
     assert sender.offer(A, BLOCKS, 0.0) == []
     assert sender.commit(A, TOKEN, 0.0) == [to_d(Commit(KEY, NUM_TOKENS, TOKEN))]
-    assert sender.receive(D, Complete(KEY), 0.0) == [Released(A)]
+    assert sender.receive(D, Complete(KEY), 0.0) == [complete(0)]
+
+
+def test_a_transfer_tells_what_it_took(sender: Sender) -> None:
+    sender.start(A, ADDRESS, NUM_TOKENS, 1.0)
+    assert sender.links() == ()
+    sender.receive(D, Grant(KEY, 2), 1.5)
+    sender.offer(A, BLOCKS[:4], 2.0)
+    sender.offer(A, BLOCKS, 2.5)
+    sender.commit(A, TOKEN, 2.5)
+    for first in (2, 4):
+        sender.sent(A, first, 2.5)
+        sender.receive(D, Ack(KEY, first, 2), 2.75)
+    took = complete(4, waited=0.5, moving=1.0, exposed=0.5)
+    assert sender.receive(D, Complete(KEY), 3.0) == [took]
+    assert sender.links() == (PeerLink(D.worker_id, Medium.TCP),)
+
+
+def test_where_the_grant_came_last_only_the_time_after_it_is_exposed(sender: Sender) -> None:
+    started(sender).offer(A, BLOCKS, 1.0)
+    sender.commit(A, TOKEN, 1.0)
+    sender.receive(D, Grant(KEY, 6), 4.0)
+    took = complete(0, waited=4.0, moving=0.0, exposed=0.25)
+    assert sender.receive(D, Complete(KEY), 4.25) == [took]
 
 
 def test_without_progress_everything_unacknowledged_is_sent_again(sender: Sender) -> None:
