@@ -52,6 +52,7 @@ class Trace:
     num_output_tokens: int = 0
     ignored: tuple[str, ...] = ()
     outcome: str = ""
+    refusal: str | None = None  # the code of an error before anything was generated
 
     def take(self, piece: Piece) -> None:
         self.first = self.first or time.monotonic()

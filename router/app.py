@@ -4,6 +4,7 @@ POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}
 GET /health     200 while the process lives
 GET /ready      200 when requests can be served, else 503 and why not
 GET /cluster    the policy, and every worker with its state and blocks
+GET /metrics    for Prometheus
 GET /requests/{id}   the timelines of a recent call, by the id in its X-Request-Id header
 """
 
@@ -26,6 +27,7 @@ from .api.calls import Call, parse_chat, parse_completion
 from .errors import error_response, internal_error, of_http
 from .front import Front
 from .membership import Member
+from .metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +35,14 @@ BODY_TIMEOUT_S = 60.0  # for a client to send what it asks
 _MAX_IGNORED_SHOWN = 32  # names of fields
 
 _TRACE = web.RequestKey("trace", Trace)
+_METRICS = web.AppKey("metrics", Metrics)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(front: Front) -> web.Application:
     app = web.Application(client_max_size=front.max_body, middlewares=[_traced])
+    app[_METRICS] = front.service.metrics
     app.on_response_prepare.append(_name)
     handlers = _Handlers(front)
     app.add_routes(
@@ -50,6 +54,7 @@ def make_app(front: Front) -> web.Application:
             web.get("/health", handlers.health),
             web.get("/ready", handlers.ready),
             web.get("/cluster", handlers.cluster),
+            web.get("/metrics", handlers.metrics),
             web.get("/requests/{call_id}", handlers.timelines),
         ]
     )
@@ -113,6 +118,10 @@ class _Handlers:
             {"policy": self._front.policy, "workers": [_shown(member) for member in members]}
         )
 
+    async def metrics(self, request: web.Request) -> web.Response:
+        body, content_type = self._front.service.metrics.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
     async def timelines(self, request: web.Request) -> web.Response:
         call_id = request.match_info["call_id"]
         timelines = self._front.service.recent.of(call_id)
@@ -172,6 +181,7 @@ async def _traced(request: web.Request, handler: Handler) -> web.StreamResponse:
         except RequestError as error:
             response = error_response(error)
             trace.outcome = " ".join(filter(None, (error.code or "failed", error.param)))
+            trace.refusal = error.code
         except Exception:
             log.exception("a bug of ours, in request %s", trace.call_id)
             response = error_response(internal_error())
@@ -182,8 +192,18 @@ async def _traced(request: web.Request, handler: Handler) -> web.StreamResponse:
         trace.outcome = "client gone"
         raise
     finally:
+        _count(request, trace, status)
         if request.path.startswith("/v1/") and (request.method == "POST" or status != "200"):
             _log(request, trace, status)
+
+
+def _count(request: web.Request, trace: Trace, status: str) -> None:
+    metrics = request.app[_METRICS]
+    resource = request.match_info.route.resource
+    path = resource.canonical if resource is not None else "other"
+    metrics.response(path, "499" if status == "-" else status)
+    if request.method == "POST" and not trace.num_prompt_tokens and status.startswith(("4", "5")):
+        metrics.refused(trace.refusal)
 
 
 def _log(request: web.Request, trace: Trace, status: str) -> None:

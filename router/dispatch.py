@@ -36,6 +36,7 @@ from ..core.messages import (
     WorkerBeat,
 )
 from .effects import Effect, Emit, End, Link, Say
+from .history import EventKind, History
 from .loads import Loads
 from .membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership, MemberState
 from .policy import Snapshot, WorkerView, decide, missing
@@ -61,12 +62,18 @@ class Dispatch:
         self._loads = Loads()
         self._bad_links: dict[tuple[WorkerRef, WorkerRef], float] = {}  # until when
         self._was_up = False
+        self.history = History()
 
     # what the rim asks
 
     @property
     def num_requests(self) -> int:
         return len(self._requests)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that no worker has yet."""
+        return sum(not request.over for request in self._queue)
 
     def max_context(self, limit: int) -> int:
         """Tokens that a request may have here: ``limit``, or less where no worker has room."""
@@ -175,6 +182,8 @@ class Dispatch:
             log.info("%s has joined to %s, pid %d", joined.ref, hello.role, hello.pid)
         if joined.replaced is not None:
             effects += self._gone(joined.replaced, now)
+        if joined.new:
+            self.history.note(now, EventKind.JOINED, joined.ref)
         return effects + self._place_queued(now)
 
     def _beat(self, link: Link, beat: WorkerBeat, now: float) -> list[Effect]:
@@ -195,6 +204,8 @@ class Dispatch:
         lost = [request for request in self._on(ref) if request.needs(ref)]
         level = logging.WARNING if strike else logging.INFO
         log.log(level, "%s is gone; %d requests run on elsewhere", ref, len(lost))
+        kind = EventKind.DIED if strike else EventKind.LEFT
+        self.history.note(now, kind, ref, len(lost))
         for request in lost:
             effects += self._change(request, partial(request.replay, strike=strike), now)
         return effects + self._place_queued(now)

@@ -87,6 +87,7 @@ class Front:
                 deadline,
                 call.route,
                 call_id,
+                call.chat,
                 arrived,
             )
             for prompt in prompts

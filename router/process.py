@@ -34,6 +34,7 @@ from .control import ControlSockets
 from .dispatch import Dispatch
 from .front import Front
 from .membership import Membership
+from .metrics import Metrics
 from .service import Service
 from .tokenizer import Tokenizer
 
@@ -122,7 +123,8 @@ async def _control(
             stack.enter_context(admit(context, keys))
         control = ControlSockets(context)
         stack.callback(control.close)
-        service = Service(dispatch, control, deployment.router, monotonic)
+        metrics = Metrics(deployment.slo, card.name)
+        service = Service(dispatch, control, deployment.router, metrics, monotonic)
         control.bind(f"ipc://{run_dir}/control.sock")
         if remote is not None:
             log.info("workers of other hosts may join at %s", control.bind(remote, keys))

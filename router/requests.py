@@ -62,6 +62,7 @@ class Ask:
     deadline: float
     route: Policy | None = None
     call_id: str = ""
+    chat: bool = False
     arrived: float | None = None  # None: when it is submitted
 
 
@@ -162,12 +163,14 @@ class Request:
             return []
         if worker == placement.decode:
             self._decoding = True
+            if not placement.whole:
+                self.marks.hand_over(now)  # it says the first token as soon as it has all
         if item.index < len(self.output):
             return []
         if item.index > len(self.output):
             return self.replay()
         self.output.append(item.token_id)
-        self.marks.token(now, handed_over=worker != placement.prefill)
+        self.marks.token(now)
         self.state = State.STREAMING
         ended = item.finish is not None
         full = len(self.output) >= self.ask.params.max_tokens
@@ -232,6 +235,7 @@ class Request:
         return Timeline(
             self.id,
             self.ask.call_id,
+            self.ask.chat,
             Outcome(self.state),
             self.error.code if self.error is not None else None,
             placement.prefill.worker_id if placement is not None else None,
@@ -246,6 +250,7 @@ class Request:
             started=marks.started,
             first_token=marks.first_token,
             handed_over=marks.handed_over,
+            second_token=marks.second_token,
             last_token=marks.last_token,
             finished=now,
         )

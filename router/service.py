@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from ..core.clock import Clock
 from ..core.config import Admission, RouterSection
 from ..core.errors import RequestError, Unavailable
-from ..core.messages import TokenItem, ToRouter
+from ..core.messages import TokenBatch, TokenItem, ToRouter
 from .control import ControlSockets
 from .dispatch import Dispatch
 from .effects import Effect, Emit, End, Link, Say
+from .metrics import Metrics
 from .requests import Ask, State
 from .timeline import Recent, Timeline
 
@@ -68,10 +69,17 @@ class Stream:
 
 class Service:
     def __init__(
-        self, dispatch: Dispatch, control: ControlSockets, router: RouterSection, clock: Clock
+        self,
+        dispatch: Dispatch,
+        control: ControlSockets,
+        router: RouterSection,
+        metrics: Metrics,
+        clock: Clock,
     ) -> None:
         self.dispatch = dispatch
         self.recent = Recent()
+        self.metrics = metrics
+        metrics.watch(dispatch)
         self._control = control
         control.receive = self.receive
         self._router = router
@@ -122,6 +130,8 @@ class Service:
         self._run(self.dispatch.end(request_id, state, self._clock()))
 
     def receive(self, link: Link, message: ToRouter) -> None:
+        if isinstance(message, TokenBatch):
+            self.metrics.batch(sum(item.index > 0 for item in message.items))
         self._run(self.dispatch.receive(link, message, self._clock()))
 
     async def keep_time(self) -> None:
@@ -158,10 +168,13 @@ class Service:
                 case Say(link, message):
                     if not self._control.send(link, message):
                         todo.extend(self.dispatch.unreachable(link, self._clock()))
-                case Emit(request_id, item):
+                case Emit(request_id, item, gap):
+                    if gap is not None:
+                        self.metrics.gap(gap)
                     if (stream := self._streams.get(request_id)) is not None:
                         stream.put(item)
                 case End(timeline):
                     self.recent.keep(timeline)
+                    self.metrics.ended(timeline)
                     if (stream := self._streams.pop(timeline.request_id, None)) is not None:
                         stream.end(effect)

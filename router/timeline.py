@@ -1,7 +1,7 @@
 """When a request went through its stages: plain data, that metrics, spans, pages and clients read.
 
-    arrived -> tokenized -> placed -> started -> first_token -> handed_over -> last_token
-                                                                             -> finished
+    arrived -> tokenized -> placed -> started -> first_token -> handed_over -> second_token
+      -> last_token -> finished
 
 ``Marks`` grow while the request lives; ``Timeline`` is what they were at its end. A mark is
 a time on the router's clock, or None where the request never came so far. A replay before
@@ -34,7 +34,8 @@ class Stage(StrEnum):
     QUEUE = "queue"  # no worker can take it yet
     PREFILL_QUEUE = "prefill_queue"  # its worker has other prompts before it
     PREFILL = "prefill"  # the prompt is computed
-    HAND_OVER = "hand_over"  # what is left of the transfer, and the other worker's first step
+    HAND_OVER = "hand_over"  # what is left of the transfer: the part that the client waits for
+    DECODE_QUEUE = "decode_queue"  # until the step that it joined has drawn a token
     DECODE = "decode"  # the rest of the answer
 
 
@@ -48,6 +49,7 @@ class Marks:
     started: float | None = None
     first_token: float | None = None
     handed_over: float | None = None
+    second_token: float | None = None
     last_token: float | None = None
     gap: float | None = None  # seconds between the last two tokens
 
@@ -59,14 +61,20 @@ class Marks:
         if self.first_token is None and self.started is None:
             self.started = now
 
-    def token(self, now: float, *, handed_over: bool) -> None:
-        """``handed_over`` where it comes from a worker that did not prefill."""
-        if self.last_token is not None:
-            self.gap = now - self.last_token
+    def hand_over(self, now: float) -> None:
+        """A worker that did not prefill has it."""
+        if self.handed_over is None:
+            self.handed_over = now
+
+    def token(self, now: float) -> None:
+        if self.started is None:
+            self.started = now  # the word of it is late, or lost
         if self.first_token is None:
             self.first_token = now
-        if handed_over and self.handed_over is None:
-            self.handed_over = now
+        elif self.second_token is None:
+            self.second_token = now
+        if self.last_token is not None:
+            self.gap = now - self.last_token
         self.last_token = now
 
 
@@ -77,6 +85,7 @@ class Timeline:
 
     request_id: str
     call_id: str
+    chat: bool
     outcome: Outcome
     error: str | None
     prefill: str | None
@@ -91,6 +100,7 @@ class Timeline:
     started: float | None
     first_token: float | None
     handed_over: float | None
+    second_token: float | None
     last_token: float | None
     finished: float
 
@@ -137,7 +147,8 @@ class Timeline:
             (Stage.PREFILL_QUEUE, self.placed),
             (Stage.PREFILL, self.started),
             (Stage.HAND_OVER, writing if split else None),
-            (Stage.DECODE, self.handed_over if split else writing),
+            (Stage.DECODE_QUEUE, self.handed_over if split and not one_token else None),
+            (Stage.DECODE, self.second_token if split else writing),
         ]
         known = [(stage, start) for stage, start in begun if start is not None]
         ends = [start for _, start in known[1:]]
@@ -174,6 +185,7 @@ class Timeline:
                 "started": since(self.started),
                 "first_token": since(self.first_token),
                 "handed_over": since(self.handed_over),
+                "second_token": since(self.second_token),
                 "last_token": since(self.last_token),
                 "finished": since(self.finished),
             },

@@ -15,7 +15,7 @@ from pdserve.core.config import Deployment
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.iterdir()))
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_it_checks(
     name: str,
     tmp_path: Path,

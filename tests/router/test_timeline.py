@@ -41,6 +41,7 @@ def split_request() -> Timeline:
     one.place(SPLIT, address, 12.0)
     one.started(Key(ID, 1), 2, 14.0)
     draw(one, P, 0, 17.0)
+    draw(one, D, 0, 18.0)
     draw(one, D, 1, 19.0)
     draw(one, D, 2, 20.0, last=True)
     return one.timeline(20.0)
@@ -57,7 +58,8 @@ def test_every_stage_of_a_split_request() -> None:
         (Stage.QUEUE, 11.0, 12.0),
         (Stage.PREFILL_QUEUE, 12.0, 14.0),
         (Stage.PREFILL, 14.0, 17.0),
-        (Stage.HAND_OVER, 17.0, 19.0),
+        (Stage.HAND_OVER, 17.0, 18.0),
+        (Stage.DECODE_QUEUE, 18.0, 19.0),
         (Stage.DECODE, 19.0, 20.0),
     ]
 
@@ -137,11 +139,21 @@ def test_a_mark_is_set_once() -> None:
     marks.place(2.0)
     marks.start(3.0)
     marks.start(4.0)
-    marks.token(5.0, handed_over=False)
-    marks.token(6.0, handed_over=True)
-    marks.token(8.0, handed_over=True)
-    assert (marks.started, marks.first_token, marks.handed_over) == (3.0, 5.0, 6.0)
-    assert (marks.last_token, marks.gap) == (8.0, 2.0)
+    marks.token(5.0)
+    marks.hand_over(5.5)
+    marks.token(6.0)
+    marks.hand_over(7.0)
+    marks.token(8.0)
+    assert (marks.started, marks.first_token, marks.handed_over) == (3.0, 5.0, 5.5)
+    assert (marks.second_token, marks.last_token, marks.gap) == (6.0, 8.0, 2.0)
+
+
+def test_a_prefill_whose_start_was_not_heard_of_has_begun_by_its_first_token() -> None:
+    one = request()
+    one.place(SPLIT, address, 12.0)
+    draw(one, D, 0, 17.0)
+    one.started(one.key, 0, 18.0)
+    assert (one.marks.started, one.marks.first_token, one.marks.handed_over) == (17.0,) * 3
 
 
 def test_the_recent_ones_are_bounded() -> None:

@@ -1,0 +1,214 @@
+"""What Prometheus scrapes. Times come from timelines, states from the dispatcher at the scrape.
+
+Names and labels are those of OpenTelemetry's ``gen_ai`` conventions where it has one, as
+Prometheus writes them, and begin with ``pdserve_`` else. A histogram of a time that has an
+objective has the objective among its bounds, so that attainment can be read from it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Count
+from collections.abc import Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from ..core.config import SloSection
+from ..core.ids import Role
+from .dispatch import Dispatch
+from .history import EventKind
+from .membership import MemberState
+from .timeline import Outcome, Stage, Timeline
+
+_OF_OBJECTIVE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
+_DURATIONS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+_STAGES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_NONE = "none"
+
+
+class Metrics:
+    """``render`` is what a scrape gets; the others are told as it happens."""
+
+    def __init__(self, slo: SloSection, model: str) -> None:
+        disable_created_metrics()
+        self.registry = registry = CollectorRegistry()
+        self._model = model
+        self._ttft_s, self._tpot_s = slo.ttft_ms / 1e3, slo.tpot_ms / 1e3
+        ProcessCollector(registry=registry)
+
+        def histogram(name: str, about: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, about, labels, buckets=bounds, registry=registry)
+
+        def counter(name: str, about: str, *labels: str) -> Counter:
+            return Counter(name, about, labels, registry=registry)
+
+        labels = ("gen_ai_operation_name", "gen_ai_request_model", "route")
+        self._ttft = histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "From the arrival of a request to its first token",
+            around(self._ttft_s),
+            *labels,
+        )
+        self._tpot = histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Mean time of a request's tokens after the first",
+            around(self._tpot_s),
+            *labels,
+        )
+        self._total = histogram(
+            "gen_ai_server_request_duration_seconds",
+            "From the arrival of a request to its end",
+            _DURATIONS_S,
+            *labels,
+            "error_type",
+        )
+        self._gaps = histogram(
+            "pdserve_inter_token_latency_seconds",
+            "Between two tokens of one answer",
+            around(self._tpot_s),
+        )
+        self._stages = histogram(
+            "pdserve_stage_seconds", "What a request's time went to", _STAGES_S, "stage"
+        )
+        self._batches = histogram(
+            "pdserve_batch_size", "Answers that one step of a worker moved on", _BATCHES
+        )
+        self._tokens = counter("pdserve_tokens", "Of requests that are over", "gen_ai_token_type")
+        self._requests = counter(
+            "pdserve_requests", "By how they ended", "outcome", "route", "error_type"
+        )
+        self._replays = counter("pdserve_replays", "Attempts at requests after their first one")
+        self._good = counter("pdserve_good_requests", "Done, within both objectives")
+        self._slo = counter(
+            "pdserve_slo", "Requests that met an objective, or did not", "objective", "met"
+        )
+        self._responses = counter("pdserve_http_responses", "By path and status", "path", "status")
+        objectives = Gauge(
+            "pdserve_slo_objective_seconds", "As configured", ("objective",), registry=registry
+        )
+        objectives.labels("ttft").set(self._ttft_s)
+        objectives.labels("tpot").set(self._tpot_s)
+        self._of_stage = {stage: self._stages.labels(stage) for stage in Stage}
+        for objective in ("ttft", "tpot", "both"):  # a rate needs its zero
+            for met in ("yes", "no"):
+                self._slo.labels(objective, met)
+
+    def watch(self, dispatch: Dispatch) -> None:
+        self.registry.register(_States(dispatch))
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The body and its content type, in the newest format that the scraper takes."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def gap(self, seconds: float) -> None:
+        self._gaps.observe(seconds)
+
+    def batch(self, num_tokens: int) -> None:
+        """A message of a worker: first tokens, which prefills draw, are not counted."""
+        if num_tokens:
+            self._batches.observe(num_tokens)
+
+    def response(self, path: str, status: str) -> None:
+        """``path`` as it is routed, so that there are few."""
+        self._responses.labels(path, status).inc()
+
+    def refused(self, code: str | None) -> None:
+        """A call that no request came of."""
+        self._requests.labels("refused", _NONE, code or _NONE).inc()
+
+    def ended(self, timeline: Timeline) -> None:
+        route = timeline.route or _NONE
+        operation = "chat" if timeline.chat else "text_completion"
+        error = timeline.error or ("failed" if timeline.outcome is Outcome.FAILED else _NONE)
+        labels = (operation, self._model, route)
+        self._requests.labels(timeline.outcome, route, error).inc()
+        self._total.labels(*labels, error).observe(timeline.total)
+        if (ttft := timeline.ttft) is not None:
+            self._ttft.labels(*labels).observe(ttft)
+        if (tpot := timeline.tpot) is not None:
+            self._tpot.labels(*labels).observe(tpot)
+        for stage, start, end in timeline.stages():
+            self._of_stage[stage].observe(end - start)
+        self._tokens.labels("input").inc(timeline.num_prompt_tokens)
+        self._tokens.labels("output").inc(timeline.num_output_tokens)
+        self._tokens.labels("cached").inc(timeline.num_cached_tokens)
+        self._replays.inc(timeline.num_attempts - 1)
+        if timeline.outcome is not Outcome.ABORTED:  # what it would have met, nobody knows
+            self._judge(timeline)
+
+    def _judge(self, timeline: Timeline) -> None:
+        done = timeline.outcome is Outcome.DONE
+        good = timeline.good(self._ttft_s, self._tpot_s)
+        ttft, tpot = timeline.ttft, timeline.tpot
+        met = {
+            "ttft": ttft is not None and ttft <= self._ttft_s,
+            "tpot": done and (tpot is None or tpot <= self._tpot_s),
+            "both": good,
+        }
+        for objective, is_met in met.items():
+            self._slo.labels(objective, "yes" if is_met else "no").inc()
+        if good:
+            self._good.inc()
+
+
+class _States(Collector):
+    """How things are at the time of a scrape."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._dispatch = dispatch
+
+    def describe(self) -> list[Metric]:
+        return []  # what is collected is not asked for at the registration
+
+    def collect(self) -> Iterator[Metric]:
+        dispatch = self._dispatch
+        requests = GaugeMetricFamily("pdserve_live_requests", "In the router", labels=["state"])
+        requests.add_metric(["queued"], dispatch.num_queued)
+        requests.add_metric(["placed"], dispatch.num_requests - dispatch.num_queued)
+        yield requests
+        workers = GaugeMetricFamily("pdserve_workers", "Workers", labels=["role", "state"])
+        members = list(dispatch.members)
+        found = Count((member.hello.role, member.state) for member in members)
+        for role in Role:
+            for state in MemberState:
+                workers.add_metric([role, state], found[role, state])
+        yield workers
+        of = ["worker", "role"]
+        running = GaugeMetricFamily("pdserve_worker_running", "Requests in its batch", labels=of)
+        waiting = GaugeMetricFamily("pdserve_worker_waiting", "Requests in its queue", labels=of)
+        blocks = GaugeMetricFamily(
+            "pdserve_kv_blocks", "KV blocks of a worker", labels=[*of, "state"]
+        )
+        for member in members:
+            if not member.alive:
+                continue
+            who = [member.ref.worker_id, member.hello.role]
+            running.add_metric(who, member.running)
+            waiting.add_metric(who, member.waiting)
+            for name in ("free", "cached", "held"):
+                blocks.add_metric([*who, name], getattr(member.blocks, name))
+        yield from (running, waiting, blocks)
+        history = dispatch.history
+        events = CounterMetricFamily("pdserve_worker_events", "Of workers", labels=["event"])
+        for kind in EventKind:
+            events.add_metric([kind], history.counts[kind])
+        yield events
+        yield CounterMetricFamily(
+            "pdserve_failovers", "Requests that a worker's end moved elsewhere", history.num_moved
+        )
+
+
+def around(objective_s: float) -> tuple[float, ...]:
+    """Bounds from a fraction of an objective to a multiple of it; itself is one of them."""
+    return tuple(float(f"{factor * objective_s:.6g}") for factor in _OF_OBJECTIVE)
