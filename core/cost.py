@@ -1,0 +1,214 @@
+"""What a step costs: milliseconds as a function of what it computes, fitted and corrected.
+
+    prefill   base + per_token * new + per_pair * pairs      pairs: (query, key) seen by attention
+    decode    base + per_sequence * batch + per_kv_token * KV tokens that attention reads
+
+Both are linear in their coefficients. A worker measures a few points at its start, ``fit``
+finds the coefficients, and a ``Calibration`` follows what the steps really take from then on.
+Weights are read once a step, whatever the step holds: see ``StepCost``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ConfigDict, Field
+
+_STRICT = ConfigDict(extra="forbid")
+
+Coefficient = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
+OUTLIER = 8.0
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """Of one prompt, or a chunk of one, computed by itself."""
+
+    __pydantic_config__ = _STRICT
+    base_ms: Coefficient
+    per_token_ms: Coefficient
+    per_pair_ms: Coefficient
+
+    def ms(self, new_tokens: int, context: int = 0) -> float:
+        """``new_tokens`` after ``context`` tokens whose KV is there; 0 for no tokens."""
+        if new_tokens <= 0:
+            return 0.0
+        return self.base_ms + self.work_ms(new_tokens, context)
+
+    def work_ms(self, new_tokens: int, context: int = 0) -> float:
+        """What of it adds up over the chunks of a prompt, and over prompts in one step."""
+        return self.per_token_ms * new_tokens + self.per_pair_ms * pairs(new_tokens, context)
+
+    def tokens_within(self, ms: float, context: int = 0) -> int:
+        """The most new tokens after ``context`` whose ``work_ms`` is at most ``ms``."""
+        if ms <= 0:
+            return 0
+        linear = self.per_token_ms + self.per_pair_ms * (context + 0.5)
+        half = self.per_pair_ms / 2
+        if linear == half == 0:
+            return 1 << 30
+        root = (linear * linear + 4 * half * ms) ** 0.5
+        return int(2 * ms / (linear + root))  # stable where ``half`` is tiny
+
+    def scaled(self, factor: float) -> PrefillCost:
+        return PrefillCost(
+            self.base_ms * factor, self.per_token_ms * factor, self.per_pair_ms * factor
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """Of a step that writes a token for each sequence of a batch."""
+
+    __pydantic_config__ = _STRICT
+    base_ms: Coefficient
+    per_sequence_ms: Coefficient
+    per_kv_token_ms: Coefficient
+
+    def ms(self, batch: int, kv_tokens: int) -> float:
+        """``kv_tokens`` are those of all sequences together; 0 for no sequence."""
+        if batch <= 0:
+            return 0.0
+        return self.base_ms + self.per_sequence_ms * batch + self.per_kv_token_ms * kv_tokens
+
+    def scaled(self, factor: float) -> DecodeCost:
+        return DecodeCost(
+            self.base_ms * factor, self.per_sequence_ms * factor, self.per_kv_token_ms * factor
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Of a step that may hold both: running sequences and chunks of prompts.
+
+    The read of the weights, which is most of ``decode.base_ms``, is shared: a chunk beside a
+    batch costs what it takes beyond that, and a chunk alone never less than that.
+    """
+
+    __pydantic_config__ = _STRICT
+    prefill: PrefillCost
+    decode: DecodeCost
+
+    def ms(self, batch: int, kv_tokens: int, chunk_ms: float) -> float:
+        """``chunk_ms`` is the ``work_ms`` of the step's chunks together, 0 without any."""
+        if chunk_ms <= 0:
+            return self.decode.ms(batch, kv_tokens)
+        alone_ms = max(self.prefill.base_ms + chunk_ms, self.decode.base_ms)
+        if batch <= 0:
+            return alone_ms
+        return self.decode.ms(batch, kv_tokens) + alone_ms - self.decode.base_ms
+
+    def chunk_within(self, batch: int, kv_tokens: int, ms: float) -> float:
+        """The ``work_ms`` of chunks that a step of at most ``ms`` has room for."""
+        if batch > 0:
+            ms -= self.decode.ms(batch, kv_tokens) - self.decode.base_ms
+        if ms < self.decode.base_ms:
+            return 0.0
+        return max(0.0, ms - self.prefill.base_ms)
+
+    def scaled(self, prefill: float, decode: float) -> StepCost:
+        """As two calibrations see it."""
+        return StepCost(self.prefill.scaled(prefill), self.decode.scaled(decode))
+
+
+def pairs(new_tokens: int, context: int = 0) -> float:
+    """How many (query, key) pairs causal attention looks at."""
+    return new_tokens * (context + (new_tokens + 1) / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPoint:
+    """A measured step: ``chunks`` are (new tokens, context) of each prompt in it."""
+
+    chunks: tuple[tuple[int, int], ...]
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePoint:
+    batch: int
+    kv_tokens: int
+    ms: float
+
+
+def fit_prefill(points: Sequence[PrefillPoint]) -> PrefillCost:
+    """Least squares of the relative error, no coefficient below 0."""
+    assert points
+    rows = [
+        (1.0, float(sum(n for n, _ in p.chunks)), sum(pairs(n, at) for n, at in p.chunks))
+        for p in points
+    ]
+    return PrefillCost(*_fit(rows, [point.ms for point in points]))
+
+
+def fit_decode(points: Sequence[DecodePoint]) -> DecodeCost:
+    """Least squares of the relative error, no coefficient below 0."""
+    assert points
+    rows = [(1.0, float(point.batch), float(point.kv_tokens)) for point in points]
+    return DecodeCost(*_fit(rows, [point.ms for point in points]))
+
+
+def _fit(rows: Sequence[tuple[float, float, float]], ms: Sequence[float]) -> list[float]:
+    """Three coefficients. Of all subsets that come out without a negative one, the best: with
+    three unknowns this is non-negative least squares by trying."""
+    assert all(value > 0 for value in ms), ms
+    weights = 1.0 / np.asarray(ms, dtype=np.float64)
+    matrix = np.asarray(rows, dtype=np.float64) * weights[:, None]  # [points, 3]
+    best: list[float] = [0.0, 0.0, 0.0]
+    least = float(len(ms))  # what all zeros leave: 1 of each point
+    for size in (1, 2, 3):
+        for columns in combinations(range(3), size):
+            part = matrix[:, columns]
+            scale = np.abs(part).max(axis=0)
+            if not scale.all():
+                continue
+            found: Floats = np.linalg.lstsq(part / scale, np.ones(len(ms)), rcond=None)[0] / scale
+            left = float(((part @ found - 1.0) ** 2).sum())
+            if (found >= 0).all() and left < least - 1e-12:
+                least = left
+                best = [0.0, 0.0, 0.0]
+                for column, value in zip(columns, found, strict=True):
+                    best[column] = float(value)
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How many times longer than forecast the steps take, smoothed.
+
+    The ratio of two sums, of what steps took and of what had been forecast, both forgetting
+    by ``1/memory`` a step: long steps count for more, as they do in a request's time, and
+    jitter averages out. It starts as if ``memory / 4`` steps had taken what was forecast.
+    One step counts for at most ``OUTLIER`` times its forecast: a page fault or a compiler is
+    not a trend.
+    """
+
+    memory: float = 64.0
+    forecast_ms: float = 0.0
+    taken_ms: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        return self.taken_ms / self.forecast_ms if self.forecast_ms > 0 else 1.0
+
+    def observed(self, forecast_ms: float, taken_ms: float) -> Calibration:
+        """After one step more."""
+        if forecast_ms <= 0 or taken_ms < 0:
+            return self
+        before = self
+        if self.forecast_ms <= 0:
+            start = forecast_ms * self.memory / 4
+            before = replace(self, forecast_ms=start, taken_ms=start)
+        keep = 1.0 - 1.0 / self.memory
+        return replace(
+            before,
+            forecast_ms=before.forecast_ms * keep + forecast_ms,
+            taken_ms=before.taken_ms * keep + min(taken_ms, OUTLIER * forecast_ms),
+        )
