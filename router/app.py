@@ -4,6 +4,8 @@ POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}
 GET /health     200 while the process lives
 GET /ready      200 when requests can be served, else 503 and why not
 GET /cluster    the policy, and every worker with its state and blocks
+GET /           the live page; it polls /live
+GET /live       objectives, requests by stage, workers, transfers, events, at this moment
 GET /metrics    for Prometheus
 GET /requests/{id}   the timelines of a recent call, by the id in its X-Request-Id header
 """
@@ -26,8 +28,8 @@ from .api.bodies import ChatBodies, CompletionBodies
 from .api.calls import Call, parse_chat, parse_completion
 from .errors import error_response, internal_error, of_http
 from .front import Front
-from .membership import Member
 from .metrics import Metrics
+from .page import PAGE
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ def make_app(front: Front) -> web.Application:
             web.get("/v1/models/{name:.+}", handlers.model),
             web.get("/health", handlers.health),
             web.get("/ready", handlers.ready),
+            web.get("/", handlers.page),
+            web.get("/live", handlers.live),
             web.get("/cluster", handlers.cluster),
             web.get("/metrics", handlers.metrics),
             web.get("/requests/{call_id}", handlers.timelines),
@@ -113,10 +117,16 @@ class _Handlers:
         return web.json_response({"status": "not ready", "reason": reason}, status=503)
 
     async def cluster(self, request: web.Request) -> web.Response:
-        members = self._front.service.dispatch.members
-        return web.json_response(
-            {"policy": self._front.policy, "workers": [_shown(member) for member in members]}
-        )
+        workers = self._front.service.workers()
+        return web.json_response({"policy": self._front.policy, "workers": workers})
+
+    async def live(self, request: web.Request) -> web.Response:
+        front = self._front
+        about = {"model": front.card.name, "chat": front.tokenizer.chats, "policy": front.policy}
+        return web.json_response(about | front.service.live())
+
+    async def page(self, request: web.Request) -> web.Response:
+        return web.Response(text=PAGE.text, content_type="text/html", headers=PAGE.headers)
 
     async def metrics(self, request: web.Request) -> web.Response:
         body, content_type = self._front.service.metrics.render(request.headers.get("Accept", ""))
@@ -140,26 +150,6 @@ class _Handlers:
             "owned_by": "pdserve",
             "max_model_len": self._front.max_context,
         }
-
-
-def _shown(member: Member) -> dict[str, Any]:
-    hello, blocks = member.hello, member.blocks
-    return {
-        "id": member.ref.worker_id,
-        "role": hello.role,
-        "state": member.state,
-        "pid": hello.pid,
-        "epoch": member.ref.epoch,
-        "endpoint": hello.address.endpoint,
-        "blocks": {
-            "total": blocks.total,
-            "free": blocks.free,
-            "cached": blocks.cached,
-            "held": blocks.held,
-        },
-        "waiting": member.waiting,
-        "running": member.running,
-    }
 
 
 @web.middleware

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ..core.config import Policy, PoolsSection
@@ -74,6 +74,10 @@ class Dispatch:
     def num_queued(self) -> int:
         """Requests that no worker has yet."""
         return sum(not request.over for request in self._queue)
+
+    def requests(self) -> Iterable[Request]:
+        """Those that live."""
+        return self._requests.values()
 
     def max_context(self, limit: int) -> int:
         """Tokens that a request may have here: ``limit``, or less where no worker has room."""

@@ -124,7 +124,7 @@ async def _control(
         control = ControlSockets(context)
         stack.callback(control.close)
         metrics = Metrics(deployment.slo, card.name)
-        service = Service(dispatch, control, deployment.router, metrics, monotonic)
+        service = Service(dispatch, control, deployment.router, deployment.slo, metrics, monotonic)
         control.bind(f"ipc://{run_dir}/control.sock")
         if remote is not None:
             log.info("workers of other hosts may join at %s", control.bind(remote, keys))

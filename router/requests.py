@@ -33,7 +33,7 @@ from ..core.messages import (
 )
 from ..core.params import SamplingParams
 from .policy import Placement, Wish
-from .timeline import Marks, Outcome, Timeline
+from .timeline import Marks, Outcome, Stage, Timeline
 
 MAX_STRIKES = 2  # after so many it runs alone
 
@@ -82,6 +82,7 @@ class Request:
         self._number = 1
         self._num_before = 0  # tokens of the output that earlier attempts have drawn
         self._decoding = False  # the decode worker has all it needs from the other
+        self._started = False  # the prefill of this attempt
         self._last_placement: Placement | None = None
 
     @property
@@ -118,6 +119,19 @@ class Request:
         total = len(self.ask.prompt) + self.ask.params.max_tokens
         return Wish(self.num_tokens, total, self.ask.route, self.alone)
 
+    @property
+    def stage(self) -> Stage:
+        """Of one that lives. A replay is in the queue again, and then computes its prompt."""
+        if self.placement is None:
+            return Stage.QUEUE
+        if not self.prefilled:
+            return Stage.PREFILL if self._started else Stage.PREFILL_QUEUE
+        if self.placement.whole:
+            return Stage.DECODE
+        if not self._decoding:
+            return Stage.HAND_OVER
+        return Stage.DECODE if len(self.output) > self._num_before + 1 else Stage.DECODE_QUEUE
+
     def needs(self, worker: WorkerRef) -> bool:
         """Whether this attempt is lost with that worker."""
         if self.placement is None or worker not in self.placement.workers:
@@ -140,7 +154,7 @@ class Request:
         self.placed_at = now
         self.marks.place(now)
         self._num_before = len(self.output)
-        self._decoding = False
+        self._decoding = self._started = False
         if placement.whole:
             return [(placement.decode, self._place(Task.WHOLE, None))]
         prefill, decode = address(placement.prefill), address(placement.decode)
@@ -152,6 +166,7 @@ class Request:
     def started(self, key: Key, num_cached_tokens: int, now: float) -> None:
         if key != self.key:
             return
+        self._started = True
         self.marks.start(now)
         if self.num_cached_tokens is None:
             self.num_cached_tokens = min(num_cached_tokens, len(self.ask.prompt))

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..core.clock import Clock
-from ..core.config import Admission, RouterSection
+from ..core.config import Admission, RouterSection, SloSection
 from ..core.errors import RequestError, Unavailable
 from ..core.messages import TokenBatch, TokenItem, ToRouter
+from . import live
 from .control import ControlSockets
 from .dispatch import Dispatch
 from .effects import Effect, Emit, End, Link, Say
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 BEAT_S = 0.5
+LIVE_S = 0.2  # what is shown of the moment may be so old
 
 
 class Stream:
@@ -73,11 +77,16 @@ class Service:
         dispatch: Dispatch,
         control: ControlSockets,
         router: RouterSection,
+        slo: SloSection,
         metrics: Metrics,
         clock: Clock,
     ) -> None:
         self.dispatch = dispatch
         self.recent = Recent()
+        self.num_tokens = 0  # that were passed on
+        self._slo = slo
+        self._begun = clock()
+        self._live: tuple[float, dict[str, Any]] = (-math.inf, {})
         self.metrics = metrics
         metrics.watch(dispatch)
         self._control = control
@@ -134,6 +143,30 @@ class Service:
             self.metrics.batch(sum(item.index > 0 for item in message.items))
         self._run(self.dispatch.receive(link, message, self._clock()))
 
+    def workers(self) -> list[dict[str, Any]]:
+        now = self._clock()
+        return [live.shown_worker(member, now) for member in self.dispatch.members]
+
+    def live(self) -> dict[str, Any]:
+        """See ``live.py``. Looked up once for all who ask within ``LIVE_S``: do not change it."""
+        now = self._clock()
+        if now - self._live[0] > LIVE_S:
+            age_s = now - self._begun
+            dispatch, slo = self.dispatch, self._slo
+            shown = {
+                "not_ready": self.not_ready,
+                "uptime_s": round(age_s, 1),
+                "slo": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms},
+                "recent": live.Objectives.of(self.recent, slo, now, age_s).shown(),
+                "stages": live.stages_now(dispatch),
+                "output_tokens": self.num_tokens,
+                "workers": self.workers(),
+                "transfers": live.transfers(dispatch),
+                "events": live.events(dispatch, now),
+            }
+            self._live = now, shown
+        return self._live[1]
+
     async def keep_time(self) -> None:
         """Ticks and beats, until cancelled."""
         next_beat = self._clock()
@@ -169,6 +202,7 @@ class Service:
                     if not self._control.send(link, message):
                         todo.extend(self.dispatch.unreachable(link, self._clock()))
                 case Emit(request_id, item, gap):
+                    self.num_tokens += 1
                     if gap is not None:
                         self.metrics.gap(gap)
                     if (stream := self._streams.get(request_id)) is not None:

@@ -47,6 +47,11 @@ class Tokenizer:
         special = _json(folder / "special_tokens_map.json") | config
         return Tokenizer(tokenizer, ChatTemplate(source, _special_tokens(special)))
 
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._template is not None
+
     def encode(self, text: str) -> list[int]:
         """A plain prompt, with what the tokenizer puts before one (such as a bos token)."""
         return self._tokenizer.encode(text).ids

@@ -317,8 +317,11 @@ def test_models_health_and_cluster() -> None:
                         "blocks": {"total": 64, "free": 63, "cached": 0, "held": 1},
                         "waiting": 0,
                         "running": 1,
+                        "max_batch": 8,
+                        "silent": False,
                     }
                     assert cluster["policy"] == "disaggregated"
+                    assert 0 <= cluster["workers"][1].pop("heard_s") < 2
                     assert cluster["workers"][1] == worker
                     assert [one["id"] for one in cluster["workers"]] == ["p", "d"]
                     decode.release()
