@@ -127,7 +127,9 @@ class Dispatch:
                 return []
             case TokenBatch(items):
                 return self._tokens(items, member.ref, now)
-            case TransferDone():
+            case TransferDone(key):
+                if (request := self._requests.get(key.request_id)) is not None:
+                    request.transferred(message)
                 return []
             case AttemptFailed():
                 return self._failed(message, member.ref, now)

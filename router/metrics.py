@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from ..core.config import SloSection
 from ..core.ids import Role
+from ..core.messages import TransferDone
 from .dispatch import Dispatch
 from .history import EventKind
 from .membership import MemberState
@@ -83,6 +84,24 @@ class Metrics:
         self._batches = histogram(
             "pdserve_batch_size", "Answers that one step of a worker moved on", _BATCHES
         )
+        self._granted = histogram(
+            "pdserve_grant_wait_seconds",
+            "From the start of a prompt until its decode worker had room for it",
+            _STAGES_S,
+        )
+        self._moving = histogram(
+            "pdserve_transfer_seconds",
+            "From the first KV block that left to the word that all are in",
+            _STAGES_S,
+            "medium",
+        )
+        self._exposed = histogram(
+            "pdserve_transfer_exposed_seconds",
+            "What of a transfer came after its prompt was computed",
+            _STAGES_S,
+            "medium",
+        )
+        self._bytes = counter("pdserve_transfer_bytes", "KV that was moved", "medium")
         self._tokens = counter("pdserve_tokens", "Of requests that are over", "gen_ai_token_type")
         self._requests = counter(
             "pdserve_requests", "By how they ended", "outcome", "route", "error_type"
@@ -118,6 +137,12 @@ class Metrics:
         """A message of a worker: first tokens, which prefills draw, are not counted."""
         if num_tokens:
             self._batches.observe(num_tokens)
+
+    def transfer(self, done: TransferDone) -> None:
+        self._granted.observe(done.waited_s)
+        self._moving.labels(done.medium).observe(done.moving_s)
+        self._exposed.labels(done.medium).observe(done.exposed_s)
+        self._bytes.labels(done.medium).inc(done.num_bytes)
 
     def response(self, path: str, status: str) -> None:
         """``path`` as it is routed, so that there are few."""

@@ -30,6 +30,7 @@ from ..core.messages import (
     Place,
     TokenItem,
     ToWorker,
+    TransferDone,
 )
 from ..core.params import SamplingParams
 from .policy import Placement, Wish
@@ -84,6 +85,7 @@ class Request:
         self._decoding = False  # the decode worker has all it needs from the other
         self._started = False  # the prefill of this attempt
         self._last_placement: Placement | None = None
+        self._transfer: TransferDone | None = None  # the last one
 
     @property
     def id(self) -> str:
@@ -170,6 +172,10 @@ class Request:
         self.marks.start(now)
         if self.num_cached_tokens is None:
             self.num_cached_tokens = min(num_cached_tokens, len(self.ask.prompt))
+
+    def transferred(self, done: TransferDone) -> None:
+        if done.key == self.key:
+            self._transfer = done
 
     def token(self, item: TokenItem, worker: WorkerRef, now: float) -> list[Order]:
         """Takes the token into ``output`` if it is the next one. A gap loses the attempt."""
@@ -268,6 +274,7 @@ class Request:
             second_token=marks.second_token,
             last_token=marks.last_token,
             finished=now,
+            transfer=self._transfer,
         )
 
     def _over(self, state: State) -> None:

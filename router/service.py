@@ -17,7 +17,7 @@ from typing import Any
 from ..core.clock import Clock
 from ..core.config import Admission, RouterSection, SloSection
 from ..core.errors import RequestError, Unavailable
-from ..core.messages import TokenBatch, TokenItem, ToRouter
+from ..core.messages import TokenBatch, TokenItem, ToRouter, TransferDone
 from . import live
 from .control import ControlSockets
 from .dispatch import Dispatch
@@ -141,6 +141,8 @@ class Service:
     def receive(self, link: Link, message: ToRouter) -> None:
         if isinstance(message, TokenBatch):
             self.metrics.batch(sum(item.index > 0 for item in message.items))
+        elif isinstance(message, TransferDone):
+            self.metrics.transfer(message)
         self._run(self.dispatch.receive(link, message, self._clock()))
 
     def workers(self) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any
 
 from ..core.config import Policy
+from ..core.messages import TransferDone
 
 MAX_RECENT = 4096  # timelines that are kept to be asked for
 
@@ -103,6 +104,7 @@ class Timeline:
     second_token: float | None
     last_token: float | None
     finished: float
+    transfer: TransferDone | None = None  # where its account came before the end
 
     @property
     def route(self) -> Policy | None:
@@ -189,11 +191,24 @@ class Timeline:
                 "last_token": since(self.last_token),
                 "finished": since(self.finished),
             },
+            "transfer": _shown_transfer(self.transfer),
             "stages": [
                 {"stage": stage, "start_ms": since(start), "end_ms": since(end)}
                 for stage, start, end in self.stages()
             ],
         }
+
+
+def _shown_transfer(done: TransferDone | None) -> dict[str, Any] | None:
+    if done is None:
+        return None
+    return {
+        "medium": done.medium,
+        "bytes": done.num_bytes,
+        "grant_wait_ms": round(1e3 * done.waited_s, 3),
+        "moving_ms": round(1e3 * done.moving_s, 3),
+        "exposed_ms": round(1e3 * done.exposed_s, 3),
+    }
 
 
 class Recent:

@@ -17,7 +17,7 @@ from typing import Self
 import zmq
 import zmq.asyncio
 
-from pdserve.core.ids import Role, Task, WorkerRef, new_epoch
+from pdserve.core.ids import Medium, Role, Task, WorkerRef, new_epoch
 from pdserve.core.messages import (
     PROTOCOL_VERSION,
     TO_ROUTER,
@@ -40,6 +40,7 @@ from pdserve.core.messages import (
     TokenItem,
     ToRouter,
     ToWorker,
+    TransferDone,
     Welcome,
     WorkerBeat,
 )
@@ -213,6 +214,10 @@ class FakeWorker:
                 return
             if place.task is Task.PREFILL:
                 self.net.kv(key).set()
+                assert place.peer is not None
+                await self.say(
+                    TransferDone(key, place.peer.worker_id, Medium.TCP, 4096, 0.001, 0.002, 0.0005)
+                )
                 self._running.pop(key, None)
                 return
             while self.hold_after is not None and item.index + 1 >= self.hold_after:

@@ -284,6 +284,7 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch)
     async def main() -> None:
         async with split() as (up, _, decode):
             decode.hold_after = 200
+            decode.token_delay = 0.002  # so that each is an event of its own
             host, port = up.url.removeprefix("http://").split(":")
             raw = socket.create_connection((host, int(port)))
             body = f'{{"model": "{MODEL}", "prompt": "x", "stream": true, "max_tokens": 250}}'

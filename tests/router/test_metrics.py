@@ -68,6 +68,10 @@ def test_one_request_is_in_every_figure_that_it_should_be_in() -> None:
                 assert found.get("pdserve_tokens_total", gen_ai_token_type=kind) == count
             done = {"outcome": "done", "route": "disaggregated", "error_type": "none"}
             assert found.get("pdserve_requests_total", **done) == 1
+            assert found["pdserve_grant_wait_seconds_sum"] == 0.001
+            assert found.get("pdserve_transfer_seconds_sum", medium="tcp") == 0.002
+            assert found.get("pdserve_transfer_exposed_seconds_sum", medium="tcp") == 0.0005
+            assert found.get("pdserve_transfer_bytes_total", medium="tcp") == 4096
             assert found["pdserve_good_requests_total"] == 1
             for objective in ("ttft", "tpot", "both"):
                 assert found.get("pdserve_slo_total", objective=objective, met="yes") == 1

@@ -178,6 +178,7 @@ def test_a_client_that_asks_gets_the_timelines_with_its_answer() -> None:
             assert (one["prefill_worker"], one["decode_worker"]) == ("prefill-0", "decode-0")
             marks = list(one["marks_ms"].values())
             assert None not in marks and marks == sorted(marks)
+            assert one["transfer"]["medium"] == "tcp" and one["transfer"]["exposed_ms"] == 0.5
             assert one["ttft_ms"] == one["marks_ms"]["first_token"] > 0
             status, found = await up.get(f"/requests/{call_id}")
             assert status == 200
