@@ -37,7 +37,7 @@ class Load(StrEnum):
 
 
 class Policy(StrEnum):
-    ADAPTIVE = "adaptive"  # the router's choice; split where there are two pools
+    ADAPTIVE = "adaptive"  # by forecast, request by request
     DISAGGREGATED = "disaggregated"
     COLOCATED = "colocated"
 

@@ -39,8 +39,9 @@ from .effects import Effect, Emit, End, Link, Say
 from .history import EventKind, History
 from .loads import Loads
 from .membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership, MemberState
-from .policy import Snapshot, WorkerView, decide, missing
+from .policy import decide, missing
 from .requests import Ask, Order, Request, State
+from .snapshot import Snapshot, WorkerView
 
 log = logging.getLogger(__name__)
 

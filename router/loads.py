@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core.ids import WorkerRef
-from .policy import Placement
+from .snapshot import Placement
 
 
 @dataclass(slots=True)

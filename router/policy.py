@@ -2,93 +2,43 @@
 
     disaggregated   one worker prefills, another decodes
     colocated       one worker does both
-    adaptive        disaggregated where there is a pool for each phase, colocated else: a
-                    request is served as long as any worker is there
+    adaptive        whichever the forecast says (see ``adaptive``), request by request; until the
+                    workers have measured their steps, disaggregated where there is a pool
+                    for each phase, else colocated
 
-Of several workers it takes the least loaded: to prefill, the one with the fewest prompt
-tokens before it; to decode, the one whose sequences fill the least of its KV pool.
+The first two take the least loaded: to prefill, the one with the fewest prompt tokens before
+it; to decode, the one whose sequences fill the least of its KV pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from ..core.config import Policy, PoolsSection
-from ..core.ids import Role, WorkerRef
+from ..core.ids import Role
+from . import adaptive
+from .forecast import forecast
+from .snapshot import Placement, Snapshot, Wish, WorkerView
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """A worker that takes requests; the counts are the router's own, of what it has placed."""
-
-    ref: WorkerRef
-    role: Role
-    max_context: int  # tokens of prompt and output that one request may have there
-    capacity: int  # tokens that its KV pool holds
-    prefill_tokens: int = 0  # placed and not computed yet
-    kv_tokens: int = 0  # of the sequences that decode there, or will
-    num_requests: int = 0
-
-    @property
-    def prefill_load(self) -> tuple[int, int, str]:
-        return self.prefill_tokens, self.num_requests, self.ref.worker_id
-
-    @property
-    def decode_load(self) -> tuple[float, int, str]:
-        return self.kv_tokens / max(1, self.capacity), self.num_requests, self.ref.worker_id
-
-    @property
-    def whole_load(self) -> tuple[float, int, str]:
-        tokens = self.prefill_tokens + self.kv_tokens
-        return tokens / max(1, self.capacity), self.num_requests, self.ref.worker_id
+def decide(policy: Policy, snapshot: Snapshot, wish: Wish, now: float = 0.0) -> Placement | None:
+    """None where no worker can take it now. ``now`` is in seconds, as in ``head_since``."""
+    if policy is Policy.ADAPTIVE and snapshot.measured:
+        return adaptive.place(snapshot, wish, now)
+    placement = _least_loaded(wish.route or policy, snapshot, wish)
+    if placement is None or not snapshot.measured:
+        return placement
+    found = forecast(snapshot, wish, now)
+    prefill, decode = snapshot.index[placement.prefill], snapshot.index[placement.decode]
+    return replace(placement, forecast=found.of(prefill, decode))
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """``bad_links`` are pairs (prefill, decode) whose last transfer failed."""
-
-    workers: tuple[WorkerView, ...]
-    bad_links: frozenset[tuple[WorkerRef, WorkerRef]] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What a request needs: ``num_tokens`` to prefill, room for ``max_total`` in the end.
-
-    ``alone`` is for one that has outlived two sets of workers: no second one is drawn in.
-    """
-
-    num_tokens: int
-    max_total: int
-    route: Policy | None = None
-    alone: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The same worker twice where one does the whole."""
-
-    prefill: WorkerRef
-    decode: WorkerRef
-
-    @property
-    def whole(self) -> bool:
-        return self.prefill == self.decode
-
-    @property
-    def workers(self) -> tuple[WorkerRef, ...]:
-        return (self.prefill,) if self.whole else (self.prefill, self.decode)
-
-
-def decide(policy: Policy, snapshot: Snapshot, wish: Wish) -> Placement | None:
-    """None where no worker can take it now."""
-    route = wish.route or policy
+def _least_loaded(route: Policy, snapshot: Snapshot, wish: Wish) -> Placement | None:
     if wish.alone or route is Policy.COLOCATED:
         return _whole(snapshot, wish)
     if route is Policy.DISAGGREGATED:
         return _split(snapshot, wish)
-    # The forecast of TTFT and TPOT against the objectives takes the place of this rule.
     roles = {view.role for view in snapshot.workers}
     if {Role.PREFILL, Role.DECODE} <= roles:
         return _split(snapshot, wish) or _whole(snapshot, wish)

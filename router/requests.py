@@ -33,7 +33,7 @@ from ..core.messages import (
     TransferDone,
 )
 from ..core.params import SamplingParams
-from .policy import Placement, Wish
+from .snapshot import Placement, Wish
 from .timeline import Marks, Outcome, Stage, Timeline
 
 MAX_STRIKES = 2  # after so many it runs alone

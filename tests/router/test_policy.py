@@ -6,15 +6,8 @@ import pytest
 
 from pdserve.core.config import Policy, PoolSection, PoolsSection
 from pdserve.core.ids import Role, WorkerRef
-from pdserve.router.policy import (
-    Placement,
-    Snapshot,
-    Wish,
-    WorkerView,
-    can_split,
-    decide,
-    missing,
-)
+from pdserve.router.policy import can_split, decide, missing
+from pdserve.router.snapshot import Placement, Snapshot, Wish, WorkerView
 
 ADAPTIVE, SPLIT, WHOLE = Policy.ADAPTIVE, Policy.DISAGGREGATED, Policy.COLOCATED
 WISH = Wish(num_tokens=10, max_total=20)

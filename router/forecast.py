@@ -1,0 +1,64 @@
+"""What a request would meet on each worker, as arrays over the workers.
+
+A worker computes prompts in chunks beside its batch, as large as the batch's objective
+leaves room for (``prefill.pace``). So its prompts go at a *rate*, in ms of chunks a ms: that
+of whole chunks where nothing decodes, less the more there is. TTFT is the work before and of
+this prompt over that rate; TPOT the decode step after joining. What is reserved or in
+flight counts as if it ran.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core.cost import pairs
+from .snapshot import Floats, Forecast, Snapshot, Wish
+
+MARGIN = 0.95  # of an objective: what is aimed at, for forecasts err
+_LEAST_RATE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Forecasts:
+    """Each of shape [workers], in ms."""
+
+    work: Floats  # of the prompt's chunks
+    ttft: Floats  # if it is prefilled there
+    tpot: Floats  # if it decodes there
+    tpot_limit: Floats  # for a step there: this request's objective or a tighter one's
+
+    def of(self, prefill: int, decode: int) -> Forecast:
+        return Forecast(
+            float(self.ttft[prefill]),
+            float(self.tpot[decode]),
+            float(self.work[prefill]),
+            float(self.tpot_limit[decode]),
+        )
+
+
+def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
+    """Asks for a snapshot whose workers have all measured their steps."""
+    c = snapshot.columns
+    n = wish.num_tokens
+    work = c.per_token * n + c.per_pair * pairs(n)
+    for ref, cached in wish.cached_tokens.items():
+        place = snapshot.index.get(ref)
+        if place is not None and cached:
+            left = max(1, n - cached)
+            view = snapshot.workers[place]
+            assert view.cost is not None
+            work[place] = view.cost.prefill.work_ms(left, n - left)
+    limit = MARGIN * np.minimum(c.tpot_ms, wish.objectives.tpot_ms)
+    beside = np.where(c.batch > 0, c.per_sequence * c.batch + c.per_kv * c.kv, 0.0)
+    chunk = c.per_token * c.chunk_tokens
+    room = np.where(c.batch > 0, limit - beside - c.prefill_base, chunk)
+    chunk = np.minimum(chunk, np.maximum(room, 0.0))
+    rate = np.maximum(chunk / (chunk + c.prefill_base + beside + 1e-9), _LEAST_RATE)
+    done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * rate))
+    step = np.where(c.batch > 0, (beside + c.decode_base) * 0.5, 0.0)
+    ttft = wish.waited_ms + step + (c.prefill_ms - done + work) / rate
+    tpot = c.decode_base + c.per_sequence * (c.batch + 1.0)
+    tpot += c.per_kv * (c.kv + (n + wish.growth))
+    return Forecasts(work, ttft, tpot, limit)
