@@ -126,7 +126,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.port is not None:
         arguments.overrides.append(f"router.port={arguments.port}")
     deployment = _deployment(arguments)
-    logs.setup()
+    logs.setup(deployment.observability.log_format)
     return local.serve(deployment)
 
 
@@ -150,7 +150,7 @@ def _worker(arguments: argparse.Namespace) -> int:
     from .worker import process
 
     deployment = _deployment(arguments)
-    logs.setup()
+    logs.setup(deployment.observability.log_format)
     if arguments.card is not None:
         card = ModelCard.read(arguments.card)
     else:  # on a host of its own
@@ -174,7 +174,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from .engine.prepare import count_gpus, prepare
 
     deployment = _deployment(arguments)
-    logs.setup()
+    logs.setup(deployment.observability.log_format)
     prepare(deployment.model).save(arguments.card)
     simulated = deployment.engine is EngineKind.SIMULATED
     Devices(0 if simulated else count_gpus(), usable_cores()).save(arguments.devices)
@@ -186,7 +186,7 @@ def _router(arguments: argparse.Namespace) -> int:
     from .router import process
 
     deployment = _deployment(arguments)
-    logs.setup()
+    logs.setup(deployment.observability.log_format)
     return process.run(deployment, ModelCard.read(arguments.card), arguments.run_dir)
 
 

@@ -115,6 +115,12 @@ ControlEndpoint = Annotated[
 ]
 
 
+Url = Annotated[
+    str,
+    Field(pattern=r"^https?://[^\s/]+(/\S*)?$", description="a URL such as http://host:4318/path"),
+]
+
+
 class ModelSection(_Section):
     path: Text  # a folder, a .gguf file, or a known name
     name: Text | None = None  # what /v1/models calls it; default: the last part of the path
@@ -174,6 +180,17 @@ class SecuritySection(_Section):
     insecure: Flag = False  # bind off loopback without keys
 
 
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+class ObservabilitySection(_Section):
+    log_format: LogFormat = LogFormat.TEXT
+    log_prompts: Flag = False  # the text of prompts in the log, too
+    otlp_endpoint: Url | None = None  # where spans go: http://HOST:4318/v1/traces
+
+
 class EngineKind(StrEnum):
     AUTO = "auto"
     TORCH = "torch"
@@ -193,6 +210,7 @@ class Deployment(_Section):
     slo: SloSection = SloSection()
     router: RouterSection = RouterSection()
     security: SecuritySection = SecuritySection()
+    observability: ObservabilitySection = ObservabilitySection()
     engine: EngineKind = EngineKind.AUTO
     launcher: Literal["local"] = "local"
 

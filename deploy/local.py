@@ -27,6 +27,7 @@ from ..core import config
 from ..core.card import ModelCard
 from ..core.config import Deployment
 from ..core.errors import ConfigError, StartupError
+from ..core.logs import passed_on
 from . import fetch, status
 from .backoff import RestartPolicy
 from .child import Child, describe_exit
@@ -99,7 +100,7 @@ class _Launch:
         self._deployment = deployment
         self._files = RunFiles(run_dir)
         self._workers: tuple[WorkerSpec, ...] = ()
-        self._supervisor = Supervisor(_emit, RestartPolicy())
+        self._supervisor = Supervisor(self._emit, RestartPolicy())
 
     async def up(self) -> str:
         """Returns what to tell the user once the deployment takes requests."""
@@ -137,8 +138,12 @@ class _Launch:
         )
         await self._supervisor.stop(stages, hurry)
 
+    def _emit(self, line: str) -> None:
+        """A child's line, to where our own log goes."""
+        _write(passed_on(line, self._deployment.observability.log_format), sys.stderr)
+
     async def _prepare(self) -> None:
-        child = Child(self._files.prepare(), _emit)
+        child = Child(self._files.prepare(), self._emit)
         try:
             code = await asyncio.wait_for(child.wait(), START_LIMIT_S)
         except TimeoutError:
@@ -193,11 +198,6 @@ def greeting(card: ModelCard, url: str) -> str:
         f"pdserve is ready: {url} (model {card.name})\n"
         f"  curl {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     )
-
-
-def _emit(line: str) -> None:
-    """A child's line, to where our own log goes."""
-    _write(line, sys.stderr)
 
 
 def _write(text: str, stream: TextIO) -> None:

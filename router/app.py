@@ -13,6 +13,7 @@ GET /requests/{id}   the timelines of a recent call, by the id in its X-Request-
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 import time
@@ -23,9 +24,10 @@ from urllib.parse import quote
 from aiohttp import web
 
 from ..core.errors import RequestError
+from ..core.logs import fields
 from .answer import Answer, ClientGone, Trace
 from .api.bodies import ChatBodies, CompletionBodies
-from .api.calls import Call, parse_chat, parse_completion
+from .api.calls import Call, Chat, parse_chat, parse_completion
 from .errors import error_response, internal_error, of_http
 from .front import Front
 from .metrics import Metrics
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 60.0  # for a client to send what it asks
 _MAX_IGNORED_SHOWN = 32  # names of fields
+_MAX_PROMPT_LOGGED = 2000  # characters
 
 _TRACE = web.RequestKey("trace", Trace)
 _METRICS = web.AppKey("metrics", Metrics)
@@ -82,9 +85,13 @@ class _Handlers:
         front, trace = self._front, request[_TRACE]
         call = parse(await _body(request))
         trace.ignored = call.ignored
+        if front.log_prompts:
+            _log_prompts(call, trace)
         front.check(call)
         with front.service.admitted(call.num_choices):
-            generations = await front.generate(call, trace.call_id, trace.started)
+            generations = await front.generate(
+                call, trace.call_id, trace.started, request.headers.get("traceparent")
+            )
             trace.num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
             make = ChatBodies if call.chat else CompletionBodies
             bodies = make(trace.call_id, front.card.name, front.tokenizer, call.include_usage)
@@ -210,7 +217,28 @@ def _log(request: web.Request, trace: Trace, status: str) -> None:
         trace.num_prompt_tokens,
         trace.num_output_tokens,
         " ".join(times),
+        extra=fields(
+            request_id=trace.call_id,
+            method=request.method,
+            path=request.rel_url.raw_path,
+            status=status,
+            outcome=trace.outcome or "ok",
+            prompt_tokens=trace.num_prompt_tokens,
+            output_tokens=trace.num_output_tokens,
+            first_s=round(trace.first - trace.started, 4) if trace.first is not None else None,
+            total_s=round(time.monotonic() - trace.started, 4),
+        ),
     )
+
+
+def _log_prompts(call: Call, trace: Trace) -> None:
+    for prompt in call.prompts:
+        found = list(prompt.messages) if isinstance(prompt, Chat) else prompt
+        text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+        text = text[:_MAX_PROMPT_LOGGED]
+        log.info(
+            "%s asks %r", trace.call_id, text, extra=fields(request_id=trace.call_id, prompt=text)
+        )
 
 
 async def _name(request: web.BaseRequest, response: web.StreamResponse) -> None:

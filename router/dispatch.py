@@ -201,7 +201,7 @@ class Dispatch:
         effects: list[Effect] = []
         for request in self._on(member.ref):
             if request.key not in listed and request.listed_by(member.ref, now, GRACE_S):
-                log.warning("%s has lost %s", member.ref, request.attempt)
+                log.warning("%s has lost %s", member.ref, request, extra=request.log_fields)
                 effects += self._change(request, request.replay, now)
         return effects + self._place_queued(now) if effects else []
 
@@ -240,7 +240,12 @@ class Dispatch:
                     self._loads.token(request.id)
             effects += changed
             if request.attempt != attempt:
-                log.warning("tokens of %s were lost on the way from %s", attempt, ref)
+                log.warning(
+                    "tokens of %s were lost on the way from %s",
+                    attempt,
+                    ref,
+                    extra=request.log_fields,
+                )
                 effects += self._place_queued(now)
         return effects
 
@@ -248,7 +253,14 @@ class Dispatch:
         request = self._requests.get(failure.key.request_id)
         if request is None or failure.key != request.key or request.placement is None:
             return []
-        log.warning("%s failed on %s: %s: %s", request.attempt, ref, failure.kind, failure.text)
+        log.warning(
+            "%s failed on %s: %s: %s",
+            request,
+            ref,
+            failure.kind,
+            failure.text,
+            extra=request.log_fields,
+        )
         placement = request.placement
         if failure.kind in (FailureKind.TRANSFER, FailureKind.PEER_LOST):
             self._bad_links[placement.prefill, placement.decode] = now + BAD_LINK_S

@@ -31,6 +31,7 @@ class Front:
         self.service = service
         self.tokenizer = tokenizer
         self.policy = deployment.router.policy
+        self.log_prompts = deployment.observability.log_prompts
         self._router = deployment.router
         self._pools = deployment.pools
         self._max_context = card.max_context if limit == "auto" else min(limit, card.max_context)
@@ -65,7 +66,9 @@ class Front:
                 code="invalid_value",
             )
 
-    async def generate(self, call: Call, call_id: str, arrived: float) -> list[Generation]:
+    async def generate(
+        self, call: Call, call_id: str, arrived: float, traceparent: str | None = None
+    ) -> list[Generation]:
         """Tokenizes the prompts, and opens a request for each choice.
 
         The call came under that id at that time, of the monotonic clock.
@@ -87,6 +90,7 @@ class Front:
                 deadline,
                 call.route,
                 call_id,
+                traceparent,
                 call.chat,
                 arrived,
             )

@@ -37,6 +37,7 @@ from .membership import Membership
 from .metrics import Metrics
 from .service import Service
 from .tokenizer import Tokenizer
+from .tracing import Spans
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ async def serving(
     """The router with all its sockets, until the block ends. Its time is kept by the caller."""
     written = run_dir / "http.json"
     written.unlink(missing_ok=True)  # of an earlier life
-    async with _control(deployment, card, run_dir) as service:
+    async with _control(deployment, card, run_dir) as service, _traced(deployment, card, service):
         front = Front(deployment, card, tokenizer, service)
         runner = web.AppRunner(
             make_app(front),
@@ -105,6 +106,21 @@ async def serving(
             await runner.cleanup()
             front.close()
             written.unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def _traced(deployment: Deployment, card: ModelCard, service: Service) -> AsyncIterator[None]:
+    """Spans of what ends until the block ends, where there is a place to send them."""
+    endpoint = deployment.observability.otlp_endpoint
+    if endpoint is None:
+        yield
+        return
+    spans = Spans(endpoint, card.name, monotonic)
+    service.on_ended.append(spans.ended)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(spans.close)
 
 
 @contextlib.asynccontextmanager

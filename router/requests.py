@@ -17,10 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from ..core.config import Policy
 from ..core.errors import RequestError, Unavailable
 from ..core.ids import Attempt, Task, WorkerRef
+from ..core.logs import fields
 from ..core.messages import (
     Abort,
     AttemptFailed,
@@ -63,6 +65,7 @@ class Ask:
     deadline: float
     route: Policy | None = None
     call_id: str = ""
+    traceparent: str | None = None  # the client's own, for spans
     chat: bool = False
     arrived: float | None = None  # None: when it is submitted
 
@@ -86,6 +89,14 @@ class Request:
         self._started = False  # the prefill of this attempt
         self._last_placement: Placement | None = None
         self._transfer: TransferDone | None = None  # the last one
+
+    def __str__(self) -> str:
+        """For the log: the attempt that the workers know, and the call that the client knows."""
+        return f"{self.attempt} (call {self.ask.call_id})"
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        return fields(request_id=self.ask.call_id, attempt=str(self.attempt))
 
     @property
     def id(self) -> str:
@@ -257,6 +268,7 @@ class Request:
             self.id,
             self.ask.call_id,
             self.ask.chat,
+            self.ask.traceparent,
             Outcome(self.state),
             self.error.code if self.error is not None else None,
             placement.prefill.worker_id if placement is not None else None,

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..core.clock import Clock
@@ -89,6 +89,7 @@ class Service:
         self._live: tuple[float, dict[str, Any]] = (-math.inf, {})
         self.metrics = metrics
         metrics.watch(dispatch)
+        self.on_ended: list[Callable[[Timeline], None]] = [self.recent.keep, metrics.ended]
         self._control = control
         control.receive = self.receive
         self._router = router
@@ -210,7 +211,7 @@ class Service:
                     if (stream := self._streams.get(request_id)) is not None:
                         stream.put(item)
                 case End(timeline):
-                    self.recent.keep(timeline)
-                    self.metrics.ended(timeline)
+                    for tell in self.on_ended:
+                        tell(timeline)
                     if (stream := self._streams.pop(timeline.request_id, None)) is not None:
                         stream.end(effect)

@@ -87,6 +87,7 @@ class Timeline:
     request_id: str
     call_id: str
     chat: bool
+    traceparent: str | None
     outcome: Outcome
     error: str | None
     prefill: str | None

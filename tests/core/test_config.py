@@ -109,8 +109,8 @@ def test_a_saved_deployment_reads_back_as_itself(tmp_path: Path) -> None:
         (MODEL + "slo: {q: 1}", "slo.q: unknown key; slo knows tpot_ms, ttft_ms"),
         (
             MODEL + "zzz: 1",
-            "zzz: unknown key; the file knows engine, kv, kv_transfer, launcher, model, pools, "
-            "router, security, slo",
+            "zzz: unknown key; the file knows engine, kv, kv_transfer, launcher, model, "
+            "observability, pools, router, security, slo",
         ),
         (MODEL + "slo: {1: 2}", "slo.1: unknown key; slo knows tpot_ms, ttft_ms"),
         (

@@ -171,6 +171,7 @@ def timeline(**changes: Any) -> Timeline:
         "request_id": "r",
         "call_id": "c",
         "chat": True,
+        "traceparent": None,
         "outcome": Outcome.DONE,
         "error": None,
         "prefill": "p",
