@@ -9,10 +9,11 @@ can choose prompts must not be able to make two texts share a name, nor to guess
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Sequence
 
-HASH_BYTES = 16
+import numpy as np
+
+from ..core.messages import HASH_BYTES
 
 
 class BlockHasher:
@@ -20,15 +21,21 @@ class BlockHasher:
 
     def __init__(self, block_size: int, salt: bytes) -> None:
         self.block_size = block_size
-        self._key = hashlib.blake2b(salt, digest_size=hashlib.blake2b.MAX_KEY_SIZE).digest()
-        self._tokens = struct.Struct(f"<{block_size}i")
+        key = hashlib.blake2b(salt, digest_size=hashlib.blake2b.MAX_KEY_SIZE).digest()
+        self._keyed = hashlib.blake2b(digest_size=HASH_BYTES, key=key)
 
     def extend(self, hashes: list[bytes], token_ids: Sequence[int], num_blocks: int) -> None:
         """Appends the names of the blocks ``len(hashes) .. num_blocks - 1`` of this text."""
+        first = len(hashes)
+        if first >= num_blocks:
+            return
         size = self.block_size
         assert num_blocks * size <= len(token_ids)
-        for index in range(len(hashes), num_blocks):
-            parent = hashes[-1] if hashes else b""
-            tokens = self._tokens.pack(*token_ids[index * size : (index + 1) * size])
-            digest = hashlib.blake2b(parent + tokens, digest_size=HASH_BYTES, key=self._key)
-            hashes.append(digest.digest())
+        tokens = np.array(token_ids[first * size : num_blocks * size], dtype="<i4").tobytes()
+        name = hashes[-1] if hashes else b""
+        step = 4 * size  # bytes of a block's tokens
+        for start in range(0, len(tokens), step):
+            digest = self._keyed.copy()
+            digest.update(name + tokens[start : start + step])
+            name = digest.digest()
+            hashes.append(name)

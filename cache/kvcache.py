@@ -19,6 +19,7 @@ class KvCache:
     ) -> None:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
+        self._salt = salt
         self._index = PrefixIndex(self.pool, BlockHasher(block_size, salt), prefix_cache)
 
     @property
@@ -31,6 +32,12 @@ class KvCache:
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def use_salt(self, salt: bytes) -> None:
+        """The deployment's salt, where it is another than before. No sequence is here then."""
+        if salt != self._salt:
+            self._salt = salt
+            self._index.use_salt(salt)
 
     def claim(self, seq: Sequence, spare: int = 0, *, computed_here: bool = True) -> bool:
         """Gives ``seq`` the blocks of its whole text, beginning with those in the cache.

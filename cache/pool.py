@@ -27,6 +27,7 @@ class BlockPool:
         self._blocks: dict[bytes, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers go out first
         self._cached: OrderedDict[int, None] = OrderedDict()  # the next to be evicted first
+        self._changes: dict[bytes, bool] = {}  # names since ``take_changes``: there, or gone
 
     @property
     def num_available(self) -> int:
@@ -87,8 +88,28 @@ class BlockPool:
         assert self._hashes[block] in (None, block_hash), f"block {block} has another content"
         if self._blocks.setdefault(block_hash, block) != block:
             return False
-        self._hashes[block] = block_hash
+        if self._hashes[block] is None:
+            self._hashes[block] = block_hash
+            self._changes[block_hash] = True
         return True
+
+    def names(self) -> list[bytes]:
+        """Of all contents that can be found."""
+        return list(self._blocks)
+
+    def take_changes(self) -> dict[bytes, bool]:
+        """The names that have come (True) or gone (False) since the last call."""
+        changes, self._changes = self._changes, {}
+        return changes
+
+    def forget_names(self) -> None:
+        """Nothing can be found any more: what is cached is free, what is held anonymous."""
+        for block in self._blocks.values():
+            self._hashes[block] = None
+        self._blocks.clear()
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._changes.clear()
 
     def check(self, tables: Iterable[Iterable[int]] | None = None) -> None:
         """Asserts the invariant; with ``tables``, that exactly their entries are referenced."""
@@ -112,4 +133,5 @@ class BlockPool:
         assert name is not None
         del self._blocks[name]
         self._hashes[block] = None
+        self._changes[name] = False
         return block

@@ -15,6 +15,14 @@ class PrefixIndex:
         self._hasher = hasher
         self._enabled = enabled
 
+    def use_salt(self, salt: bytes) -> None:
+        """Names blocks by another salt from now on; under the old one none is found again.
+
+        No sequence that has names of the old one may be stored or matched afterwards.
+        """
+        self._hasher = BlockHasher(self._hasher.block_size, salt)
+        self._pool.forget_names()
+
     def match(self, seq: Sequence, max_blocks: int) -> list[int]:
         """The longest run of stored blocks that begins ``seq``; takes no references."""
         if not self._enabled:

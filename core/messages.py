@@ -4,8 +4,9 @@ Sockets: the router binds one ROUTER socket, each worker connects a DEALER to it
 is kept between two ends, but any message may be lost with its connection: beats list
 what is live, and what a beat does not list is over.
 
-    worker -> router   Hello, WorkerBeat, Started, TokenBatch, TransferDone, AttemptFailed, Bye
-    router -> worker   Welcome, Refused, Place, Abort, RouterBeat, Drain
+    worker -> router   Hello, WorkerBeat, Started, TokenBatch, TransferDone, AttemptFailed,
+                       CacheEvents, Bye
+    router -> worker   Welcome, Refused, Place, Abort, RouterBeat, ResyncCache, Drain
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, TypeAlias
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from .codec import Codec
 from .ids import Attempt, Medium, Role, Task, WorkerRef
@@ -24,6 +25,8 @@ PROTOCOL_VERSION = 1
 MAX_TOKENS = 1 << 21  # the longest sequence any message may speak of
 MAX_LIVE = 1 << 16
 MAX_LINKS = 1 << 12
+HASH_BYTES = 16  # of a KV block's name
+MAX_NAMES = 1 << 13  # of blocks, in one message
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -36,6 +39,17 @@ ByteCount = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Tokens = Annotated[tuple[TokenId, ...], Field(max_length=MAX_TOKENS)]
 RequestId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+def _whole_names(names: bytes) -> bytes:
+    if len(names) % HASH_BYTES:
+        raise ValueError(f"{len(names)} bytes are no names of {HASH_BYTES} bytes each")
+    return names
+
+
+Names = Annotated[
+    bytes, Field(max_length=MAX_NAMES * HASH_BYTES), AfterValidator(_whole_names)
+]  # of blocks, one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +207,21 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheEvents:
+    """The names of full KV blocks that can be found here by now, and those that no longer can.
+
+    Numbered without a gap, from 0 in each life of the worker: whoever misses one asks for all
+    (``ResyncCache``). With ``reset`` all that was said before is void.
+    """
+
+    __pydantic_config__ = _STRICT
+    number: Annotated[int, Field(ge=0, lt=2**63)]
+    stored: Names
+    evicted: Names
+    reset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Bye:
     """The worker leaves of its own will; what it still held is dropped."""
 
@@ -204,8 +233,11 @@ class Bye:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
+    """``salt`` keys the names of KV blocks; with it the worker says which of them it has."""
+
     __pydantic_config__ = _STRICT
     router_epoch: Epoch
+    salt: Annotated[bytes, Field(max_length=64)] = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,16 +281,25 @@ class RouterBeat:
 
 
 @dataclass(frozen=True, slots=True)
+class ResyncCache:
+    """A message about the worker's blocks was lost: it is to name them all."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Finish what you have, say Bye, exit."""
 
     __pydantic_config__ = _STRICT
 
 
-ToRouter: TypeAlias = Hello | WorkerBeat | Started | TokenBatch | TransferDone | AttemptFailed | Bye
-ToWorker: TypeAlias = Welcome | Refused | Place | Abort | RouterBeat | Drain
+ToRouter: TypeAlias = (
+    Hello | WorkerBeat | Started | TokenBatch | TransferDone | AttemptFailed | CacheEvents | Bye
+)
+ToWorker: TypeAlias = Welcome | Refused | Place | Abort | RouterBeat | ResyncCache | Drain
 
 TO_ROUTER: Codec[ToRouter] = Codec(
-    Hello, WorkerBeat, Started, TokenBatch, TransferDone, AttemptFailed, Bye
+    Hello, WorkerBeat, Started, TokenBatch, TransferDone, AttemptFailed, CacheEvents, Bye
 )
-TO_WORKER: Codec[ToWorker] = Codec(Welcome, Refused, Place, Abort, RouterBeat, Drain)
+TO_WORKER: Codec[ToWorker] = Codec(Welcome, Refused, Place, Abort, RouterBeat, ResyncCache, Drain)

@@ -21,11 +21,13 @@ from ..core.ids import WorkerRef
 from ..core.messages import (
     AttemptFailed,
     Bye,
+    CacheEvents,
     Drain,
     FailureKind,
     Hello,
     PeerAddress,
     Refused,
+    ResyncCache,
     RouterBeat,
     Started,
     TokenBatch,
@@ -40,6 +42,7 @@ from .history import EventKind, History
 from .loads import Loads
 from .membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership, MemberState
 from .policy import decide, missing
+from .prefix_map import PrefixMap
 from .requests import Ask, Order, Request, State
 from .snapshot import Snapshot, WorkerView
 
@@ -51,7 +54,12 @@ BAD_LINK_S = 30.0  # a pair whose transfer failed is left alone for so long
 
 class Dispatch:
     def __init__(
-        self, policy: Policy, pools: PoolsSection, membership: Membership, epoch: int
+        self,
+        policy: Policy,
+        pools: PoolsSection,
+        membership: Membership,
+        epoch: int,
+        salt: bytes = b"",
     ) -> None:
         self.members = membership
         self._policy = policy
@@ -61,6 +69,7 @@ class Dispatch:
         self._queue: deque[Request] = deque()  # the oldest first, replays before the others
         self._given: dict[WorkerRef, dict[str, Request]] = {}  # to each worker, by id
         self._loads = Loads()
+        self.prefixes = PrefixMap(salt)
         self._bad_links: dict[tuple[WorkerRef, WorkerRef], float] = {}  # until when
         self._was_up = False
         self.history = History()
@@ -132,6 +141,11 @@ class Dispatch:
                 if (request := self._requests.get(key.request_id)) is not None:
                     request.transferred(message)
                 return []
+            case CacheEvents():
+                if self.prefixes.heard(member.ref, message, now):
+                    return []
+                log.info("what %s said of its cache was lost; it is asked again", member.ref)
+                return [Say(link, ResyncCache())]
             case AttemptFailed():
                 return self._failed(message, member.ref, now)
             case Bye():
@@ -183,13 +197,14 @@ class Dispatch:
         if isinstance(joined, Refused):
             log.warning("%s is refused: %s", hello.address.ref, joined.text)
             return [Say(link, joined)]
-        effects: list[Effect] = [Say(link, Welcome(self._epoch))]
+        effects: list[Effect] = [Say(link, Welcome(self._epoch, self.prefixes.salt))]
         if joined.new:
             self._was_up = self._was_up or self._lacks(self._pools) is None
             log.info("%s has joined to %s, pid %d", joined.ref, hello.role, hello.pid)
         if joined.replaced is not None:
             effects += self._gone(joined.replaced, now)
         if joined.new:
+            self.prefixes.joined(joined.ref, hello.block_size)
             self.history.note(now, EventKind.JOINED, joined.ref)
         return effects + self._place_queued(now)
 
@@ -207,6 +222,7 @@ class Dispatch:
 
     def _gone(self, ref: WorkerRef, now: float, *, strike: bool = True) -> list[Effect]:
         """That life of a worker is over: what needs it is replayed."""
+        self.prefixes.gone(ref)
         effects: list[Effect] = []
         lost = [request for request in self._on(ref) if request.needs(ref)]
         level = logging.WARNING if strike else logging.INFO
@@ -303,7 +319,8 @@ class Dispatch:
 
     def _place(self, request: Request, snapshot: Snapshot, now: float) -> list[Effect]:
         """Nothing where no worker can take it now."""
-        placement = decide(self._policy, snapshot, request.wish)
+        cached = self.prefixes.cached_tokens(request.token_ids, request.block_names)
+        placement = decide(self._policy, snapshot, request.wish(cached))
         if placement is None:
             return []
         self._loads.placed(request.id, placement, request.num_tokens)

@@ -6,8 +6,9 @@
                     workers have measured their steps, disaggregated where there is a pool
                     for each phase, else colocated
 
-The first two take the least loaded: to prefill, the one with the fewest prompt tokens before
-it; to decode, the one whose sequences fill the least of its KV pool.
+The first two take the least loaded: to prefill, the one with the fewest tokens to compute
+until this prompt is done, where its cache may hold the beginning; to decode, the one whose
+sequences fill the least of its KV pool.
 """
 
 from __future__ import annotations
@@ -78,7 +79,13 @@ def missing(policy: Policy, pools: PoolsSection, roles: Iterable[Role]) -> str |
 
 def _whole(snapshot: Snapshot, wish: Wish) -> Placement | None:
     able = [view for view in snapshot.workers if wish.max_total <= view.max_context]
-    best = min(able, key=lambda view: view.whole_load, default=None)
+
+    def load(view: WorkerView) -> tuple[float, int, str]:
+        share, num_requests, worker_id = view.whole_load
+        cached = wish.cached_tokens.get(view.ref, 0) / max(1, view.capacity)
+        return share - cached, num_requests, worker_id
+
+    best = min(able, key=load, default=None)
     return Placement(best.ref, best.ref) if best is not None else None
 
 
@@ -86,7 +93,7 @@ def _split(snapshot: Snapshot, wish: Wish) -> Placement | None:
     """The least loaded pair of two; one with a bad link only where there is no other."""
     prefills = sorted(
         _able(snapshot, Role.DECODE, lambda view: wish.num_tokens < view.max_context),
-        key=lambda view: view.prefill_load,
+        key=lambda view: _prefill_load(view, wish),
     )
     decodes = sorted(
         _able(snapshot, Role.PREFILL, lambda view: wish.max_total <= view.max_context),
@@ -102,6 +109,11 @@ def _split(snapshot: Snapshot, wish: Wish) -> Placement | None:
                 return placement
             second_best = second_best or placement
     return second_best
+
+
+def _prefill_load(view: WorkerView, wish: Wish) -> tuple[int, int, str]:
+    num_tokens, num_requests, worker_id = view.prefill_load
+    return num_tokens - wish.cached_tokens.get(view.ref, 0), num_requests, worker_id
 
 
 def _able(snapshot: Snapshot, unlike: Role, fits: Callable[[WorkerView], bool]) -> list[WorkerView]:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -131,7 +132,9 @@ async def _control(
     remote = deployment.router.control
     keys = require_safe_bind(remote, deployment.security) if remote is not None else None
     membership = Membership(card.fingerprint)
-    dispatch = Dispatch(deployment.router.policy, deployment.pools, membership, new_epoch())
+    dispatch = Dispatch(
+        deployment.router.policy, deployment.pools, membership, new_epoch(), _salt(run_dir)
+    )
     context: zmq.Context[Any] = zmq.Context()
     with contextlib.ExitStack() as stack:
         stack.callback(context.destroy, linger=0)
@@ -145,6 +148,18 @@ async def _control(
         if remote is not None:
             log.info("workers of other hosts may join at %s", control.bind(remote, keys))
         yield service
+
+
+def _salt(run_dir: Path) -> bytes:
+    """What block names are keyed with: drawn once a deployment, and kept for a router that is
+    started again, so that the workers' caches outlive it."""
+    path = run_dir / "salt"
+    if not path.exists():
+        new = path.with_suffix(".new")
+        new.touch(mode=0o600)
+        new.write_bytes(secrets.token_bytes(32))
+        new.replace(path)
+    return path.read_bytes()
 
 
 async def _bind(runner: web.AppRunner, deployment: Deployment) -> tuple[str, int]:

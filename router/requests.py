@@ -14,7 +14,7 @@ however often.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -84,6 +84,7 @@ class Request:
         self.placement: Placement | None = None
         self.placed_at = 0.0
         self._number = 1
+        self.block_names: list[bytes] = []  # of prompt and output, as far as they were needed
         self._num_before = 0  # tokens of the output that earlier attempts have drawn
         self._decoding = False  # the decode worker has all it needs from the other
         self._started = False  # the prefill of this attempt
@@ -128,9 +129,14 @@ class Request:
         return self.strikes >= MAX_STRIKES
 
     @property
-    def wish(self) -> Wish:
+    def token_ids(self) -> Sequence[int]:
+        """What the next attempt has to compute: the prompt, and the output so far."""
+        return (*self.ask.prompt, *self.output) if self.output else self.ask.prompt
+
+    def wish(self, cached: Mapping[WorkerRef, int]) -> Wish:
+        """``cached``: how many of its tokens each worker holds already."""
         total = len(self.ask.prompt) + self.ask.params.max_tokens
-        return Wish(self.num_tokens, total, self.ask.route, self.alone)
+        return Wish(self.num_tokens, total, self.ask.route, self.alone, cached_tokens=cached)
 
     @property
     def stage(self) -> Stage:

@@ -18,6 +18,7 @@ from ..core.messages import (
     Drain,
     Place,
     Refused,
+    ResyncCache,
     RouterBeat,
     TokenBatch,
     TokenItem,
@@ -40,7 +41,7 @@ TICK_S = 0.25  # how often ``tick`` wants to be called, at the least
 
 
 class WorkerCore:
-    """One worker's decisions. ``salt`` keys its block hashes: one a deployment.
+    """One worker's decisions. ``salt`` keys its block hashes until the router says another.
 
     ``memory_s`` must outlive the longest lease: so long an attempt that is over stays so.
     """
@@ -119,7 +120,11 @@ class WorkerCore:
                 self._life.end_all("the router has given it up", now, but=listed)
             case Drain():
                 self._life.draining = True
-            case Welcome() | Refused():
+            case Welcome(salt=salt):
+                self._life.tell_cache(salt)
+            case ResyncCache():
+                self._life.tell_cache()
+            case Refused():
                 pass  # between the router and the socket's owner
         return self._settled(now)
 
@@ -162,6 +167,7 @@ class WorkerCore:
         self._life.absorb(self._receiver.tick(now), now)
         self._life.fail_expired(now)
         self._life.attempts.forget(now)
+        self._life.tell_cache_news()
         return self._settled(now)
 
     # steps

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..cache.kvcache import KvCache
+from ..cache.report import CacheReport
 from ..cache.retired import RetiredSequences
 from ..cache.sequence import Sequence
 from ..core.ids import Attempt, Task
@@ -79,6 +80,7 @@ class Lifecycle:
         self.max_context = min(limits.max_context, layout.num_blocks * layout.block_size)
         self.attempts = Attempts(memory_s)
         self.cache = KvCache(layout.num_blocks, layout.block_size, salt, prefix_cache)
+        self._report = CacheReport(self.cache.pool)
         self.retired = RetiredSequences(self._release)
         self.prefill = PrefillPhase(self.cache, self.retired)
         self._rules = FinishRules(frozenset(limits.eos_token_ids), self.max_context)
@@ -95,6 +97,19 @@ class Lifecycle:
     def take_effects(self) -> list[Effect]:
         effects, self._out = self._out, []
         return effects
+
+    # what can be found in the cache
+
+    def tell_cache_news(self) -> None:
+        for message in self._report.news():
+            self.tell(message)
+
+    def tell_cache(self, salt: bytes | None = None) -> None:
+        """All of it; under the deployment's ``salt`` where that is given."""
+        if salt:
+            self.cache.use_salt(salt)
+        for message in self._report.everything():
+            self.tell(message)
 
     # from the placement to the end
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdserve.cache.hashing import HASH_BYTES, BlockHasher
+from pdserve.cache.hashing import BlockHasher
+from pdserve.core.messages import HASH_BYTES
 
 TEXTS = st.lists(st.integers(0, 2**31 - 1), max_size=40)
 

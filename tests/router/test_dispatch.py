@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdserve.cache.hashing import BlockHasher
 from pdserve.core.config import Policy, PoolSection, PoolsSection
 from pdserve.core.errors import RequestError, Unavailable
 from pdserve.core.ids import Role, Task, WorkerRef
@@ -18,6 +19,7 @@ from pdserve.core.messages import (
     AttemptFailed,
     BlockCounts,
     Bye,
+    CacheEvents,
     Drain,
     FailureKind,
     FinishReason,
@@ -26,6 +28,7 @@ from pdserve.core.messages import (
     PeerAddress,
     Place,
     Refused,
+    ResyncCache,
     RouterBeat,
     Started,
     TokenBatch,
@@ -153,6 +156,20 @@ def test_one_request_from_its_arrival_to_its_end() -> None:
     assert (timeline.outcome, timeline.num_cached_tokens) == (Outcome.DONE, 2)
     assert world.dispatch.num_requests == 0
     assert all(beat.message == RouterBeat(()) for beat in world.dispatch.beats())  # type: ignore[union-attr]
+
+
+def test_a_prompt_goes_to_the_worker_that_holds_its_beginning() -> None:
+    world = World(Policy.COLOCATED)
+    world.join("m1", "m2")
+    names: list[bytes] = []
+    BlockHasher(16, b"").extend(names, tuple(range(1, 41)), 2)
+    assert world.says("m2", CacheEvents(0, b"".join(names), b"", reset=True)) == []
+    assert places(world.submit(ask(0, prompt=40))) == [("m2", Task.WHOLE, 1)]
+    assert places(world.submit(ask(1, prompt=8))) == [("m1", Task.WHOLE, 1)]
+    gap = world.says("m2", CacheEvents(2, b"", b""))
+    assert gap == [Say(world.link("m2"), ResyncCache())]
+    world.join("m2")  # another life, with nothing
+    assert world.dispatch.prefixes.num_blocks(world.ref("m2")) == 0
 
 
 def test_a_request_waits_for_a_worker_and_is_placed_as_it_joins() -> None:

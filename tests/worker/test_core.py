@@ -8,21 +8,25 @@ from typing import Any
 import pytest
 from worker_net import MODEL, Shape, Worker, run_alone
 
+from pdserve.cache.hashing import BlockHasher
 from pdserve.core.ids import Task
 from pdserve.core.messages import (
     Abort,
     AttemptFailed,
     BlockCounts,
     Bye,
+    CacheEvents,
     Drain,
     FailureKind,
     FinishReason,
     Key,
     Place,
+    ResyncCache,
     RouterBeat,
     Started,
     TokenBatch,
     TokenItem,
+    Welcome,
 )
 from pdserve.core.params import SamplingParams
 from pdserve.core.plan import StepPlan
@@ -333,6 +337,26 @@ def test_a_repeated_prompt_is_found_in_the_cache() -> None:
     assert worker.tokens() == expected(whole()) * 2
     assert worker.core.blocks == BlockCounts(total=16, free=13, cached=3, held=0)
     assert_empty(worker)
+
+
+def test_the_router_hears_which_blocks_can_be_found_under_its_salt() -> None:
+    worker = Worker("w", Shape())
+    give(worker, whole())
+    run_alone(worker, worker.core.tick(0.0))
+    assert worker.told_of(CacheEvents) == []  # nobody has said yet how names are keyed
+    give(worker, Welcome(1, b"of the router"))
+    assert worker.told_of(CacheEvents) == [CacheEvents(0, b"", b"", reset=True)]
+    place = whole(2)
+    give(worker, place)
+    run_alone(worker, [])
+    run_alone(worker, worker.core.tick(0.0))
+    names: list[bytes] = []
+    text = (*place.prompt, *expected(place))
+    BlockHasher(4, b"of the router").extend(names, text, (len(text) - 1) // 4)
+    assert worker.told_of(CacheEvents)[1:] == [CacheEvents(1, b"".join(names), b"")]
+    give(worker, ResyncCache())
+    again = worker.told_of(CacheEvents)[2]
+    assert isinstance(again, CacheEvents) and again.reset and again.stored == b"".join(names)
 
 
 def test_a_conversation_goes_on_from_its_own_answer() -> None:
