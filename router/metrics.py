@@ -102,6 +102,19 @@ class Metrics:
             "medium",
         )
         self._bytes = counter("pdserve_transfer_bytes", "KV that was moved", "medium")
+        self._forecasts = histogram(
+            "pdserve_forecast_seconds",
+            "What a placement should have led to",
+            _STAGES_S,
+            "objective",
+        )
+        self._errors = histogram(
+            "pdserve_forecast_error_seconds",
+            "How far it was from that: late where it took longer",
+            _STAGES_S,
+            "objective",
+            "direction",
+        )
         self._tokens = counter("pdserve_tokens", "Of requests that are over", "gen_ai_token_type")
         self._requests = counter(
             "pdserve_requests", "By how they ended", "outcome", "route", "error_type"
@@ -121,6 +134,10 @@ class Metrics:
         for objective in ("ttft", "tpot", "both"):  # a rate needs its zero
             for met in ("yes", "no"):
                 self._slo.labels(objective, met)
+        for objective in ("ttft", "tpot"):
+            self._forecasts.labels(objective)
+            for direction in ("late", "early"):
+                self._errors.labels(objective, direction)
 
     def watch(self, dispatch: Dispatch) -> None:
         self.registry.register(_States(dispatch))
@@ -169,8 +186,18 @@ class Metrics:
         self._tokens.labels("output").inc(timeline.num_output_tokens)
         self._tokens.labels("cached").inc(timeline.num_cached_tokens)
         self._replays.inc(timeline.num_attempts - 1)
+        if timeline.forecast is not None and timeline.num_attempts == 1:
+            self._compare("ttft", timeline.forecast.ttft_ms / 1e3, timeline.ttft)
+            self._compare("tpot", timeline.forecast.tpot_ms / 1e3, timeline.tpot)
         if timeline.outcome is not Outcome.ABORTED:  # what it would have met, nobody knows
             self._judge(timeline)
+
+    def _compare(self, objective: str, forecast_s: float, measured_s: float | None) -> None:
+        if measured_s is None:
+            return
+        late = measured_s - forecast_s
+        self._forecasts.labels(objective).observe(forecast_s)
+        self._errors.labels(objective, "late" if late > 0 else "early").observe(abs(late))
 
     def _judge(self, timeline: Timeline) -> None:
         done = timeline.outcome is Outcome.DONE

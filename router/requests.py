@@ -35,7 +35,7 @@ from ..core.messages import (
     TransferDone,
 )
 from ..core.params import SamplingParams
-from .snapshot import Placement, Wish
+from .snapshot import Forecast, Placement, Wish
 from .timeline import Marks, Outcome, Stage, Timeline
 
 MAX_STRIKES = 2  # after so many it runs alone
@@ -90,6 +90,7 @@ class Request:
         self._started = False  # the prefill of this attempt
         self._last_placement: Placement | None = None
         self._transfer: TransferDone | None = None  # the last one
+        self._forecast: Forecast | None = None
 
     def __str__(self) -> str:
         """For the log: the attempt that the workers know, and the call that the client knows."""
@@ -171,6 +172,8 @@ class Request:
         self.state = State.PLACED
         self.placement = self._last_placement = placement
         self.placed_at = now
+        if self.marks.first_token is None:
+            self._forecast = placement.forecast
         self.marks.place(now)
         self._num_before = len(self.output)
         self._decoding = self._started = False
@@ -293,6 +296,7 @@ class Request:
             last_token=marks.last_token,
             finished=now,
             transfer=self._transfer,
+            forecast=self._forecast,
         )
 
     def _over(self, state: State) -> None:

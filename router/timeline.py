@@ -18,6 +18,7 @@ from typing import Any
 
 from ..core.config import Policy
 from ..core.messages import TransferDone
+from .snapshot import Forecast
 
 MAX_RECENT = 4096  # timelines that are kept to be asked for
 
@@ -106,6 +107,7 @@ class Timeline:
     last_token: float | None
     finished: float
     transfer: TransferDone | None = None  # where its account came before the end
+    forecast: Forecast | None = None  # of the placement that drew the first token
 
     @property
     def route(self) -> Policy | None:
@@ -191,6 +193,12 @@ class Timeline:
                 "second_token": since(self.second_token),
                 "last_token": since(self.last_token),
                 "finished": since(self.finished),
+            },
+            "forecast": None
+            if self.forecast is None
+            else {
+                "ttft_ms": round(self.forecast.ttft_ms, 3),
+                "tpot_ms": round(self.forecast.tpot_ms, 3),
             },
             "transfer": _shown_transfer(self.transfer),
             "stages": [

@@ -16,6 +16,7 @@ from router_net import MODEL, Router, router, run, split, until
 from pdserve.core.config import SloSection
 from pdserve.core.ids import Role
 from pdserve.router.metrics import Metrics, around
+from pdserve.router.snapshot import Forecast
 from pdserve.router.timeline import Outcome, Stage, Timeline
 
 SPLIT = {
@@ -198,6 +199,19 @@ def test_a_failed_request_is_never_good_and_is_counted_by_its_error() -> None:
     assert found["pdserve_replays_total"] == 2
     labels = {"outcome": "failed", "route": "disaggregated", "error_type": "workers_lost"}
     assert found.get("pdserve_requests_total", **labels) == 1
+
+
+def test_forecasts_are_compared_with_what_came() -> None:
+    metrics = Metrics(SloSection(), "m")
+    metrics.ended(timeline(forecast=Forecast(1500.0, 600.0, 10.0)))  # ttft 2 s, tpot 0.5 s
+    metrics.ended(timeline(forecast=Forecast(1500.0, 600.0, 10.0), num_attempts=2))
+    metrics.ended(timeline())
+    found = Scraped(metrics.render("")[0].decode())
+    error = "pdserve_forecast_error_seconds"
+    assert found.get(f"{error}_sum", objective="ttft", direction="late") == pytest.approx(0.5)
+    assert found.get(f"{error}_sum", objective="tpot", direction="early") == pytest.approx(0.1)
+    assert found.get("pdserve_forecast_seconds_sum", objective="ttft") == 1.5
+    assert found.get(f"{error}_count", objective="ttft", direction="late") == 1
 
 
 def test_the_dashboard_names_metrics_that_there_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from fake_worker import FakeWorker
@@ -12,8 +13,8 @@ from pdserve.core.config import Policy
 from pdserve.core.ids import Role, WorkerRef
 from pdserve.core.messages import FinishReason, Key, PeerAddress, TokenItem
 from pdserve.core.params import SamplingParams
-from pdserve.router.policy import Placement
 from pdserve.router.requests import Ask, Request, State
+from pdserve.router.snapshot import Forecast, Placement
 from pdserve.router.timeline import Marks, Outcome, Recent, Stage, Timeline
 
 ID = "0123456789abcdef" * 2
@@ -62,6 +63,22 @@ def test_every_stage_of_a_split_request() -> None:
         (Stage.DECODE_QUEUE, 18.0, 19.0),
         (Stage.DECODE, 19.0, 20.0),
     ]
+
+
+def test_the_forecast_is_of_the_placement_that_drew_the_first_token() -> None:
+    first, second = Forecast(1.0, 2.0, 1.0), Forecast(3.0, 4.0, 1.0)
+    one = request()
+    one.place(replace(SPLIT, forecast=first), address, 12.0)
+    one.replay()
+    one.place(replace(SPLIT, forecast=second), address, 13.0)
+    draw(one, P, 0, 14.0)
+    one.replay()
+    one.place(replace(WHOLE, forecast=first), address, 15.0)
+    draw(one, M, 1, 16.0)
+    draw(one, M, 2, 17.0, last=True)
+    found = one.timeline(17.0)
+    assert found.forecast == second
+    assert found.shown()["forecast"] == {"ttft_ms": 3.0, "tpot_ms": 4.0}
 
 
 def test_a_whole_request_is_handed_to_nobody() -> None:
