@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..core.generations import Generations
 from ..core.messages import BlockCounts
 from .hashing import BlockHasher
 from .pool import BlockPool
@@ -15,10 +16,15 @@ class KvCache:
     """Gives sequences their blocks. All bookkeeping: no bytes are moved here."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, salt: bytes = b"", prefix_cache: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        salt: bytes = b"",
+        prefix_cache: bool = True,
+        generations: Generations | None = None,
     ) -> None:
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, generations)
         self._salt = salt
         self._index = PrefixIndex(self.pool, BlockHasher(block_size, salt), prefix_cache)
 

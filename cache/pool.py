@@ -13,14 +13,20 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from ..core.generations import Generations
 from ..core.messages import BlockCounts
 
 
 class BlockPool:
-    """Reference counts over ``num_blocks`` blocks; evicts the least recently released first."""
+    """Reference counts over ``num_blocks`` blocks; evicts the least recently released first.
 
-    def __init__(self, num_blocks: int) -> None:
+    Counts up the generation of each block that it hands out.
+    """
+
+    def __init__(self, num_blocks: int, generations: Generations | None = None) -> None:
         assert num_blocks >= 1
+        assert generations is None or len(generations) == num_blocks
+        self._generations = generations
         self.num_blocks = num_blocks
         self._references = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -47,6 +53,8 @@ class BlockPool:
             block = self._free.pop() if self._free else self._evict()
             self._references[block] = 1
             blocks.append(block)
+        if self._generations is not None:
+            self._generations.bump(blocks)
         return blocks
 
     def retain(self, blocks: Iterable[int]) -> None:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .config_faults import first_fault, shown, yaml_fault
 from .errors import ConfigError
+from .ids import Medium
 
 
 class _Section(BaseModel):
@@ -45,11 +46,6 @@ class Policy(StrEnum):
 class Admission(StrEnum):
     QUEUE = "queue"
     OPEN = "open"
-
-
-class Medium(StrEnum):
-    AUTO = "auto"
-    TCP = "tcp"
 
 
 class Switch(StrEnum):
@@ -152,8 +148,19 @@ class KvSection(_Section):
     prefix_cache: Flag = True
 
 
+def _between_processes(medium: Medium | Auto) -> Medium | Auto:
+    if medium is Medium.INPROC:
+        raise ValueError("workers are processes of their own")
+    return medium
+
+
 class TransferSection(_Section):
-    medium: Medium = Medium.AUTO
+    # auto: the fastest that works between two workers
+    medium: Annotated[
+        Medium | Auto,
+        AfterValidator(_between_processes),
+        Field(description="auto, cuda_ipc, shm or tcp (inproc is for workers of one process)"),
+    ] = "auto"
     checksums: Switch = Switch.AUTO  # auto: on over tcp
     # this host's address for peers; auto: loopback, or the one that the router is reached from
     host: Text = "auto"

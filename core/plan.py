@@ -13,8 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
+from pydantic import ConfigDict, Field
+
+from .generations import Generations
+from .ids import Medium
 from .params import SamplingParams
 
 
@@ -108,12 +112,65 @@ class KvLayout:
     block_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class PoolExport:
+    """By what a peer on the same host finds this pool, to read it by itself: no pointer.
+
+    ``name`` and ``nonce`` are of the shared memory that holds the generations, and for
+    ``shm`` the blocks too. ``handle`` (CUDA's, 64 bytes) is of the device memory in which
+    the blocks begin at ``offset``, and ``nonce`` stands behind the last of them again.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    medium: Medium
+    name: Annotated[str, Field(max_length=128)]
+    nonce: Annotated[bytes, Field(min_length=16, max_length=16)]
+    num_blocks: Annotated[int, Field(ge=1, lt=2**31)]
+    handle: Annotated[bytes, Field(max_length=64)] = b""
+    offset: Annotated[int, Field(ge=0, lt=2**53)] = 0
+
+
+class PeerPool(Protocol):
+    """A peer's pool, mapped into this process. All calls come from one thread at a time."""
+
+    @property
+    def generations(self) -> Generations: ...
+
+    @property
+    def owner_gone(self) -> bool:
+        """Whether the peer's process has ended; its memory stays until ``close``."""
+        ...
+
+    def copy(self, theirs: Sequence[int], ours: Sequence[int]) -> None:
+        """Fills blocks of our own pool; returns when the bytes are in place."""
+        ...
+
+    def close(self) -> None:
+        """Unmaps it. No copy is under way."""
+        ...
+
+
 class KvPool(Protocol):
     """Blocks as bytes, for the transfer layer. Called from any thread; the caller owns the
     blocks it names: no step that is running or launched touches them."""
 
     @property
     def layout(self) -> KvLayout: ...
+
+    @property
+    def generations(self) -> Generations:
+        """Of its blocks; who hands blocks out counts them up."""
+        ...
+
+    @property
+    def exports(self) -> tuple[PoolExport, ...]:
+        """The ways by which a peer on this host may read it, the fastest first."""
+        ...
+
+    def attach(self, export: PoolExport) -> PeerPool:
+        """Maps a peer's pool, to copy from it; HandshakeRefused, with the reason, where that
+        does not work from here. The layouts are known to agree."""
+        ...
 
     def read(self, blocks: Sequence[int]) -> list[memoryview]:
         """One view of ``block_bytes`` bytes a block (a copy where the pool is on a device).
@@ -129,6 +186,10 @@ class KvPool(Protocol):
 
     def zero_tail(self, block: int, num_tokens: int) -> None:
         """Zeroes the block past its first ``num_tokens`` tokens, in every layer."""
+        ...
+
+    def close(self) -> None:
+        """Peers find it no more."""
         ...
 
 

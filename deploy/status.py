@@ -20,6 +20,14 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """A worker that blocks are sent to, and how."""
+
+    worker_id: str
+    medium: str
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     id: str
     role: str
@@ -28,6 +36,7 @@ class Worker:
     blocks: Blocks
     waiting: int
     running: int
+    links: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,4 +90,9 @@ def cluster_table(url: str) -> str:
         for row in rows
     ]
     state = "ready" if reason is None else f"not ready: {reason}"
+    lines += [
+        f"KV blocks: {worker.id} -> {link.worker_id} by {link.medium}"
+        for worker in cluster.workers
+        for link in worker.links
+    ]
     return "\n".join([f"{url}: {state}; policy {cluster.policy}", *lines])

@@ -73,9 +73,9 @@ def build_engine(
         weight_bytes=weights.nbytes,
         workspace_bytes=_workspace_bytes(shape, precision, max_step_tokens, max_slots, device),
     )
-    blocks = kv.allocate(layout, precision.activations, device)
+    pool = kv.new_pool(layout, precision.activations, device, deployment.kv_transfer.medium)
     cos, sin = rotary_tables(shape.rope, shape.head_dim, max_context)
-    model = Model(shape, weights, (cos.to(device), sin.to(device)), blocks)
+    model = Model(shape, weights, (cos.to(device), sin.to(device)), pool.blocks)
     upload = uploader(device)
     table = SlotTable(
         max_slots=max_slots,
@@ -108,7 +108,7 @@ def build_engine(
         table=table,
         sampler=Sampler(table, card.eos_token_ids, upload),
         new_workspace=new_workspace,
-        kv=kv.pool_of(layout, blocks),
+        kv=pool,
         limits=EngineLimits(
             max_slots=max_slots,
             max_context=max_context,

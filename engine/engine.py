@@ -83,6 +83,7 @@ class TorchEngine:
         """Waits for the steps that are launched; the memory goes with the engine."""
         if self._table.token_ids.is_cuda:
             torch.cuda.synchronize(self._table.token_ids.device)
+        self.kv.close()
 
     def _run(self, batch: Batch) -> Tensor:
         """The model over the batch: logits ``[S, vocab]`` of the sampled rows."""

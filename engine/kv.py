@@ -6,17 +6,21 @@ layers is one contiguous piece, so it is one copy and one frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import parse_size
+from ..core.config import Auto, parse_size
 from ..core.errors import OutOfMemory
+from ..core.host_pool import HostKvPool
+from ..core.ids import Medium
 from ..core.plan import KvLayout, KvPool
 from .device import MemoryState, dtype_name
 from .shape import ModelShape
+
+log = logging.getLogger(__name__)
 
 _GPU_FRACTION = 0.85  # of the device's memory, for weights and cache together
 _CPU_FRACTION = 0.10
@@ -81,93 +85,50 @@ def plan_layout(
     )
 
 
-def allocate(layout: KvLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]``, zeroed: what a
-    masked entry is multiplied with must be finite."""
-    sizes = (
+def new_pool(
+    layout: KvLayout, dtype: torch.dtype, device: torch.device, medium: Medium | Auto = Medium.TCP
+) -> TorchKvPool:
+    """The cache's memory, zeroed: what a masked entry is multiplied with must be finite.
+
+    ``medium`` is ``kv_transfer.medium``: where peers may read the pool by themselves, it is
+    made so. With ``auto`` a host that has no shared memory to spare does without.
+    """
+    if device.type == "cuda":
+        from .device_pool import CudaKvPool
+
+        return CudaKvPool(layout, dtype, device, shared=medium in ("auto", Medium.CUDA_IPC))
+    if medium == "auto":
+        try:
+            return CpuKvPool(layout, dtype, shared=True)
+        except OutOfMemory as error:
+            log.warning("KV blocks will be sent, not shared: %s", error)
+    return CpuKvPool(layout, dtype, shared=medium is Medium.SHM)
+
+
+class TorchKvPool(KvPool, Protocol):
+    """A pool that a model writes: ``blocks`` as ``sizes`` gives it."""
+
+    @property
+    def blocks(self) -> Tensor: ...
+
+
+def sizes(layout: KvLayout) -> tuple[int, ...]:
+    """``[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]``"""
+    return (
         *(layout.num_blocks, layout.num_layers, 2),
         *(layout.num_kv_heads, layout.block_size, layout.head_dim),
     )
-    try:
-        if device.type == "cpu":  # memory that is not touched yet is not taken yet
-            assert dtype is torch.float32, dtype
-            return torch.from_numpy(np.zeros(sizes, np.float32))
-        return torch.zeros(sizes, dtype=dtype, device=device)
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        size = layout.num_blocks * layout.block_bytes / 2**30
-        raise OutOfMemory(
-            f"{device} has no {size:.1f} GiB for the KV cache; lower kv.memory"
-        ) from error
 
 
-def pool_of(layout: KvLayout, blocks: Tensor) -> KvPool:
-    """The pool's bytes; ``blocks`` as ``allocate`` made it."""
-    return CudaKvPool(layout, blocks) if blocks.is_cuda else CpuKvPool(layout, blocks)
+class CpuKvPool(HostKvPool):
+    """Host memory, as a tensor and as bytes."""
 
-
-class CpuKvPool:
-    """Views of the blocks themselves: nothing is copied to be read."""
-
-    def __init__(self, layout: KvLayout, blocks: Tensor) -> None:
-        self.layout = layout
-        self._blocks = blocks
-        self._bytes = _as_bytes(layout, blocks).numpy()  # [num_blocks, block_bytes]
-
-    def read(self, blocks: Sequence[int]) -> list[memoryview]:
-        return [memoryview(self._bytes[block]) for block in blocks]
-
-    def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
-        for block, frame in zip(blocks, data, strict=True):
-            self._bytes[block] = np.frombuffer(frame, np.uint8)
-
-    def zero_tail(self, block: int, num_tokens: int) -> None:
-        self._blocks[block, :, :, :, num_tokens:] = 0
-
-
-class CudaKvPool:
-    """Copies through pinned memory, on a stream a direction, beside the steps.
-
-    Callers are threads with no current device of their own. Pinned buffers come from torch's
-    caching allocator, so that one is used again when the last view of it is gone.
-    """
-
-    def __init__(self, layout: KvLayout, blocks: Tensor) -> None:
-        self.layout = layout
-        self._device = blocks.device
-        self._blocks = blocks
-        self._bytes = _as_bytes(layout, blocks)  # [num_blocks, block_bytes] uint8
-        self._reading, self._writing, self._zeroing = (
-            torch.cuda.Stream(blocks.device) for _ in range(3)
-        )
-
-    def read(self, blocks: Sequence[int]) -> list[memoryview]:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._reading):
-            staging = self._staging(len(blocks))
-            for row, block in enumerate(blocks):
-                staging[row].copy_(self._bytes[block], non_blocking=True)
-        self._reading.synchronize()
-        frames = staging.numpy()
-        return [memoryview(frames[row]) for row in range(len(blocks))]
-
-    def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._writing):
-            staging = self._staging(len(blocks))
-            frames = staging.numpy()
-            for row, (block, frame) in enumerate(zip(blocks, data, strict=True)):
-                frames[row] = np.frombuffer(frame, np.uint8)
-                self._bytes[block].copy_(staging[row], non_blocking=True)
-        self._writing.synchronize()
-
-    def zero_tail(self, block: int, num_tokens: int) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._zeroing):
-            self._blocks[block, :, :, :, num_tokens:] = 0
-        self._zeroing.synchronize()
-
-    def _staging(self, num_blocks: int) -> Tensor:
-        """``[num_blocks, block_bytes]`` uint8, pinned."""
-        return torch.empty(num_blocks, self.layout.block_bytes, dtype=torch.uint8, pin_memory=True)
-
-
-def _as_bytes(layout: KvLayout, blocks: Tensor) -> Tensor:
-    """``[num_blocks, block_bytes]`` uint8, the same memory."""
-    return blocks.view(torch.uint8).view(layout.num_blocks, layout.block_bytes)
+    def __init__(self, layout: KvLayout, dtype: torch.dtype, *, shared: bool = False) -> None:
+        try:
+            super().__init__(layout, shared=shared)
+        except MemoryError as error:
+            size = layout.num_blocks * layout.block_bytes / 2**30
+            raise OutOfMemory(
+                f"cpu has no {size:.1f} GiB for the KV cache; lower kv.memory"
+            ) from error
+        self.blocks = torch.from_numpy(self.bytes).view(-1).view(dtype).view(sizes(layout))

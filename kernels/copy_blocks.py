@@ -30,3 +30,17 @@ def scatter_blocks(pool: Tensor, block_ids: Tensor, source: Tensor) -> None:
         launch(pool, block_ids, source)
     else:
         pool.index_copy_(0, block_ids, source.to(pool.device, non_blocking=True))
+
+
+def move_blocks(source: Tensor, target: Tensor, ids: Tensor) -> None:
+    """``target[ids[1, i]] = source[ids[0, i]]``, from one pool into another.
+
+    Both ``[num_blocks, block_bytes]`` uint8 with dense blocks; ``ids[2, n]`` int64, the targets
+    distinct. On a GPU ``source`` may be another one's memory, mapped: all bytes cross then.
+    """
+    if target.is_cuda:
+        from .gpu.copy_blocks import move_blocks as launch
+
+        launch(source, target, ids)
+    else:
+        target.index_copy_(0, ids[1], source.index_select(0, ids[0]))

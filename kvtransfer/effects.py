@@ -1,10 +1,10 @@
 """What the two state machines ask of the world around them, as plain data.
 
-``Send``, ``SendChunk`` and ``Write`` are for the I/O rim, in the order given; the others
-are for the worker core. The rim answers every ``SendChunk`` with one call of
-``Sender.sent`` and every ``Write`` with one of ``Receiver.written``, also where the socket
-was lost in between: on that rests that nobody frees a block that is still being read
-or written.
+``Send``, ``SendBlocks``, ``Write`` and ``Pull`` are for the I/O rim, in the order given; the
+others are for the worker core. The rim answers every ``SendBlocks`` with one call of
+``Sender.sent``, every ``Write`` and ``Pull`` with one of ``Receiver.written``, also where the
+socket was lost in between: on that rests that nobody frees a block that is still being
+read for sending, or written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from ..core.ids import Attempt, WorkerRef
 from ..core.messages import FailureKind, PeerAddress, TokenItem, TransferDone
-from .messages import Chunk, ToReceiver, ToSender
+from .messages import Chunk, Offer, ToReceiver, ToSender
 
 # P knows where to dial; D answers whoever has dialled in under this name
 Link: TypeAlias = PeerAddress | WorkerRef
@@ -29,16 +29,17 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class SendChunk:
-    """The bytes of these blocks of P's pool behind ``message``, whose checksums the rim fills in.
+class SendBlocks:
+    """These blocks of P's pool: behind a Chunk their bytes; an Offer names them. The rim fills
+    in the checksums.
 
     ``blocks[i]`` is block ``message.first_block + i`` of the prompt. Where ``tail_tokens`` is
     not 0, the last of them holds only so many tokens: the rim zeroes it past those before it
-    reads, for what lay there before is nobody's business.
+    sends, for what lay there before is nobody's business.
     """
 
     peer: PeerAddress
-    message: Chunk
+    message: Chunk | Offer
     blocks: tuple[int, ...]
     tail_tokens: int = 0
 
@@ -100,6 +101,23 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class Pull:
+    """Copy blocks ``theirs`` of the peer's pool, as it offered them, into ``blocks`` of D's.
+
+    It has come out well where the copy is complete, *and* then each of ``theirs`` still has
+    its generation, and the checksums agree, if there are any.
+    """
+
+    attempt: Attempt
+    peer: WorkerRef
+    first_block: int
+    blocks: tuple[int, ...]
+    theirs: tuple[int, ...]
+    generations: tuple[int, ...]
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Runnable:
     """All blocks are in place and the prompt is committed. ``token`` is the first of the output."""
 
@@ -120,6 +138,6 @@ class ReceiveEnded:
     text: str
 
 
-SenderEffect: TypeAlias = Send | SendChunk | Granted | Released | SendFailed
-ReceiverEffect: TypeAlias = Send | Reserve | Write | Runnable | ReceiveEnded
+SenderEffect: TypeAlias = Send | SendBlocks | Granted | Released | SendFailed
+ReceiverEffect: TypeAlias = Send | Reserve | Write | Pull | Runnable | ReceiveEnded
 Effect: TypeAlias = SenderEffect | ReceiverEffect

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core.ids import WorkerRef
+from ..core.ids import Medium, WorkerRef
 from ..core.messages import PROTOCOL_VERSION, PeerAddress
-from ..core.plan import KvLayout
+from ..core.plan import KvLayout, PoolExport
 from .messages import Accepted, Connect, Rejected
+
+BY_REFERENCE = (Medium.CUDA_IPC, Medium.SHM)
+
+# tries a way to read a peer's pool; None where it works, else what is wrong with it
+Prove = Callable[[PoolExport], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
     """What this worker shows to its peers, and demands of those that dial in.
 
-    ``token`` is its own secret, which reaches its peers through the router.
+    ``token`` is its own secret, which reaches its peers through the router. ``media`` are
+    those that it takes part in, the fastest first, and ``exports`` how its pool is read.
     """
 
     ref: WorkerRef
     token: str
     fingerprint: str
     layout: KvLayout
+    media: tuple[Medium, ...] = (Medium.TCP,)
+    exports: tuple[PoolExport, ...] = ()
 
     def connect(self, peer: PeerAddress) -> Connect:
         return Connect(
@@ -36,9 +45,11 @@ class Handshake:
             head_dim=self.layout.head_dim,
             dtype=self.layout.dtype,
             block_bytes=self.layout.block_bytes,
+            media=self.media,
+            exports=self.exports,
         )
 
-    def answer(self, connect: Connect) -> Accepted | Rejected:
+    def answer(self, connect: Connect, prove: Prove) -> Accepted | Rejected:
         """A wrong token is told nothing else about this worker."""
         if not hmac.compare_digest(connect.token.encode(), self.token.encode()):
             return Rejected("the token is not the one this worker published")
@@ -58,4 +69,23 @@ class Handshake:
         ]
         if differences:
             return Rejected(f"{self.ref} can't take KV blocks: {'; '.join(differences)}")
-        return Accepted(self.ref.worker_id, self.ref.epoch)
+        return self._agree(connect, prove)
+
+    def _agree(self, connect: Connect, prove: Prove) -> Accepted | Rejected:
+        """On the first of our media that the peer has too and that turns out to work."""
+        faults = []
+        for medium in self.media:
+            if medium not in connect.media:
+                continue
+            if medium not in BY_REFERENCE:
+                return Accepted(self.ref.worker_id, self.ref.epoch, medium)
+            for export in connect.exports:
+                if export.medium is not medium:
+                    continue
+                fault = prove(export)
+                if fault is None:
+                    return Accepted(self.ref.worker_id, self.ref.epoch, medium)
+                faults.append(f"{medium}: {fault}")
+        ours, theirs = (", ".join(media) or "none" for media in (self.media, connect.media))
+        why = "; ".join(faults) or f"media there: {theirs}; here: {ours}"
+        return Rejected(f"{self.ref} has no way to take this worker's blocks: {why}"[:4096])

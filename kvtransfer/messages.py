@@ -1,10 +1,11 @@
 """What a sender (P) and a receiver (D) of KV blocks say to each other.
 
-P connects a DEALER to D's ROUTER. Every message but ``Chunk`` is one frame; a chunk by
-value is followed by one frame a block. Block indexes count within the prompt, from 0;
-no message carries a pointer, and no peer names a block of the other's pool.
+P connects a DEALER to D's ROUTER. Every message but ``Chunk`` is one frame. A chunk gives
+blocks *by value*: one frame a block follows. An offer gives them *by reference*: D copies
+them out of P's pool by itself. Block indexes count within the prompt, from 0; no message
+carries a pointer, and nobody names a block of the other's pool.
 
-    P -> D   Connect, Starting, Chunk, Commit, Withdraw, PeerBeat
+    P -> D   Connect, Starting, Chunk, Offer, Commit, Withdraw, PeerBeat
     D -> P   Accepted, Rejected, Grant, Ack, Complete, Cancel, PeerBeat
 """
 
@@ -16,18 +17,25 @@ from typing import Annotated, TypeAlias
 from pydantic import ConfigDict, Field
 
 from ..core.codec import Codec
+from ..core.ids import Medium
 from ..core.messages import MAX_LIVE, Count, Epoch, Key, Name, Sentence, TokenItem
+from ..core.plan import PoolExport
 
 MAX_CHUNK_BLOCKS = 1 << 13
 
 _STRICT = ConfigDict(extra="forbid")
+
+Checksums = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**64)], ...], Field(max_length=MAX_CHUNK_BLOCKS)
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Connect:
     """The handshake: D compares each field with its own and says which one differs.
 
-    ``token`` is the secret that D published through the router.
+    ``token`` is the secret that D published through the router. ``media`` are those that P
+    would send by; for those by reference, ``exports`` say where its pool is found.
     """
 
     __pydantic_config__ = _STRICT
@@ -42,13 +50,18 @@ class Connect:
     head_dim: Count
     dtype: Annotated[str, Field(max_length=32)]
     block_bytes: Count
+    media: Annotated[tuple[Medium, ...], Field(max_length=8)]
+    exports: Annotated[tuple[PoolExport, ...], Field(max_length=8)] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
+    """``medium``: the fastest of both ends', tried."""
+
     __pydantic_config__ = _STRICT
     worker_id: Name
     epoch: Epoch
+    medium: Medium
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +102,29 @@ class Chunk:
     key: Key
     first_block: Count
     num_blocks: Annotated[int, Field(ge=1, le=MAX_CHUNK_BLOCKS)]
-    checksums: Annotated[
+    checksums: Checksums = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Blocks ``first_block ..`` of the prompt, by reference: ``blocks`` of P's own pool.
+
+    What D has copied counts only where each still has its generation after the copy: until
+    then P has not handed the block out anew. ``checksums`` as in a Chunk.
+    """
+
+    __pydantic_config__ = _STRICT
+    key: Key
+    first_block: Count
+    blocks: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_CHUNK_BLOCKS)]
+    generations: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=2**64)], ...], Field(max_length=MAX_CHUNK_BLOCKS)
-    ] = ()
+    ]
+    checksums: Checksums = ()
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +180,8 @@ class PeerBeat:
     live: Annotated[tuple[Key, ...], Field(max_length=MAX_LIVE)]
 
 
-ToReceiver: TypeAlias = Connect | Starting | Chunk | Commit | Withdraw | PeerBeat
+ToReceiver: TypeAlias = Connect | Starting | Chunk | Offer | Commit | Withdraw | PeerBeat
 ToSender: TypeAlias = Accepted | Rejected | Grant | Ack | Complete | Cancel | PeerBeat
 
-TO_RECEIVER: Codec[ToReceiver] = Codec(Connect, Starting, Chunk, Commit, Withdraw, PeerBeat)
+TO_RECEIVER: Codec[ToReceiver] = Codec(Connect, Starting, Chunk, Offer, Commit, Withdraw, PeerBeat)
 TO_SENDER: Codec[ToSender] = Codec(Accepted, Rejected, Grant, Ack, Complete, Cancel, PeerBeat)

@@ -79,7 +79,7 @@ class OutgoingLink:
     quiet_since: float
     heard_at: float | None = None
     connect_at: float | None = None  # when Connect was last said
-    medium: Medium = Medium.TCP
+    medium: Medium | None = None  # None until the peer has accepted us
     num_inflight: int = 0  # blocks, of all transfers
     transfers: dict[Attempt, OutgoingTransfer] = field(default_factory=dict)
 

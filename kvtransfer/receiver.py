@@ -2,8 +2,8 @@
 
     expected   the router placed the request here; no block is held yet
     reserving  P has begun: D's decode phase is asked for room, and P waits for it
-    receiving  room found: P is granted the range that D's cache lacks; each chunk is
-               checked against it, written by the rim, then acknowledged
+    receiving  room found: P is granted the range that D's cache lacks; each chunk or offer
+               is checked against it, written or pulled by the rim, then acknowledged
     delivered  all blocks and the commit are in: ``Runnable``, and P is told Complete
     over       withdrawn, aborted, lost, expired, damaged: as soon as no write is
                outstanding, ``ReceiveEnded`` gives the blocks back to D
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from ..core.ids import Attempt, WorkerRef
 from ..core.messages import FailureKind, Key, TokenItem
-from .effects import ReceiveEnded, ReceiverEffect, Reserve, Runnable, Send, Write
+from .effects import Pull, ReceiveEnded, ReceiverEffect, Reserve, Runnable, Send, Write
 from .leases import overdue
 from .messages import (
     Ack,
@@ -30,6 +30,7 @@ from .messages import (
     Complete,
     Connect,
     Grant,
+    Offer,
     PeerBeat,
     Starting,
     ToReceiver,
@@ -140,7 +141,8 @@ class Receiver:
     def written(
         self, attempt: Attempt, first_block: int, ok: bool, now: float
     ) -> list[ReceiverEffect]:
-        """The rim is done with this ``Write``; not ``ok`` where a checksum did not match."""
+        """The rim is done with this ``Write`` or ``Pull``; not ``ok`` where what it wrote does
+        not count: a checksum did not match, or P had taken the blocks back meanwhile."""
         transfer = self._transfers[attempt]
         count = transfer.writing.pop(first_block)
         if transfer.over:
@@ -195,13 +197,13 @@ class Receiver:
                 return self._on_starting(transfer, message, now)
             case Withdraw():
                 return self._end(transfer, None, f"{peer} withdrew it", now)
-            case Chunk() | Commit():
+            case Chunk() | Offer() | Commit():
                 if transfer.blocks is None:
                     self.num_dropped += 1  # nothing was granted
                     return []
                 transfer.lease_until = now + self._settings.lease_s
-                if isinstance(message, Chunk):
-                    return self._on_chunk(transfer, message, frames)
+                if not isinstance(message, Commit):
+                    return self._on_blocks(transfer, message, frames)
                 return self._on_commit(transfer, message, now)
 
     def tick(self, now: float) -> list[ReceiverEffect]:
@@ -243,17 +245,23 @@ class Receiver:
             return []
         return [Send(transfer.peer, Grant(transfer.key, transfer.first_block))]
 
-    def _on_chunk(
-        self, transfer: _Transfer, chunk: Chunk, frames: Sequence[memoryview]
+    def _on_blocks(
+        self, transfer: _Transfer, chunk: Chunk | Offer, frames: Sequence[memoryview]
     ) -> list[ReceiverEffect]:
         first, last = chunk.first_block, chunk.first_block + chunk.num_blocks
         sound = (
             transfer.first_block <= first
             and last <= transfer.num_blocks
-            and len(frames) == chunk.num_blocks
             and len(chunk.checksums) in (0, chunk.num_blocks)
-            and all(frame.nbytes == self._settings.block_bytes for frame in frames)
         )
+        if isinstance(chunk, Offer):
+            sound = sound and len(chunk.generations) == chunk.num_blocks
+        else:
+            sound = (
+                sound
+                and len(frames) == chunk.num_blocks
+                and all(frame.nbytes == self._settings.block_bytes for frame in frames)
+            )
         if not sound:
             self.num_dropped += 1
             return []
@@ -267,15 +275,12 @@ class Receiver:
             return []
         assert transfer.blocks is not None
         transfer.writing[first] = chunk.num_blocks
-        return [
-            Write(
-                transfer.key.attempt,
-                first,
-                transfer.blocks[first:last],
-                tuple(frames),
-                chunk.checksums,
-            )
-        ]
+        attempt, ours = transfer.key.attempt, transfer.blocks[first:last]
+        if isinstance(chunk, Offer):
+            theirs, generations = chunk.blocks, chunk.generations
+            peer = transfer.peer
+            return [Pull(attempt, peer, first, ours, theirs, generations, chunk.checksums)]
+        return [Write(attempt, first, ours, tuple(frames), chunk.checksums)]
 
     def _on_commit(self, transfer: _Transfer, commit: Commit, now: float) -> list[ReceiverEffect]:
         if commit.num_tokens != transfer.num_tokens or commit.token.key != transfer.key:
@@ -300,7 +305,7 @@ class Receiver:
     def _on_stranger(
         self,
         peer: WorkerRef,
-        message: Starting | Chunk | Commit | Withdraw,
+        message: Starting | Chunk | Offer | Commit | Withdraw,
         now: float,
     ) -> list[ReceiverEffect]:
         """About a transfer that this peer does not have here: over, not placed yet, or never."""

@@ -4,7 +4,8 @@ A transfer's life here, told by what is known rather than by a state field:
 
     start    Connect (where the peer is not known to listen), Starting; said again until
     granted  D has room: blocks leave as they are offered, within the link's window
-    sent     the rim no longer reads the blocks; unacknowledged they are sent again
+    sent     the rim no longer reads the blocks; unacknowledged they are sent again. Where D
+             reads our pool itself, they are offered by number and generation instead
     commit   said once everything has left, and again until
     over     Complete, withdrawn, cancelled, lost or expired: as soon as no send is
              outstanding, ``Released`` or ``SendFailed`` gives the blocks back to P
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ..core.generations import Generations
 from ..core.ids import Attempt, WorkerRef
 from ..core.messages import MAX_LINKS, FailureKind, Key, PeerAddress, PeerLink, TokenItem
-from .effects import Granted, Released, Send, SendChunk, SenderEffect, SendFailed
-from .handshake import Handshake
+from .effects import Granted, Released, Send, SendBlocks, SenderEffect, SendFailed
+from .handshake import BY_REFERENCE, Handshake
 from .leases import overdue
 from .messages import (
     Accepted,
@@ -30,6 +32,7 @@ from .messages import (
     Commit,
     Complete,
     Grant,
+    Offer,
     PeerBeat,
     Rejected,
     Starting,
@@ -41,9 +44,18 @@ from .settings import TransferSettings, beats
 
 
 class Sender:
-    """All outgoing transfers of one worker. Calls about transfers that are over do nothing."""
+    """All outgoing transfers of one worker. Calls about transfers that are over do nothing.
 
-    def __init__(self, settings: TransferSettings, handshake: Handshake) -> None:
+    ``generations`` are of its own pool: what may be read by reference needs them.
+    """
+
+    def __init__(
+        self,
+        settings: TransferSettings,
+        handshake: Handshake,
+        generations: Generations | None = None,
+    ) -> None:
+        self.generations = generations
         self._settings = settings
         self._handshake = handshake
         self._links: dict[WorkerRef, OutgoingLink] = {}
@@ -60,7 +72,7 @@ class Sender:
         return tuple(
             PeerLink(link.address.worker_id, link.medium)
             for link in self._links.values()
-            if link.heard_at is not None
+            if link.medium is not None
         )[:MAX_LINKS]
 
     def granted(self, attempt: Attempt) -> bool:
@@ -132,7 +144,7 @@ class Sender:
     # what the rim says
 
     def sent(self, attempt: Attempt, first_block: int, now: float) -> list[SenderEffect]:
-        """The rim no longer reads the blocks of this SendChunk, whether they left or not."""
+        """The rim no longer reads the blocks of this SendBlocks, whether they left or not."""
         link = self._links[self._refs[attempt]]
         transfer = link.transfers[attempt]
         chunk = transfer.chunks[first_block]
@@ -158,7 +170,7 @@ class Sender:
             case Accepted():
                 other = WorkerRef(message.worker_id, message.epoch)
                 if other == peer:
-                    return []
+                    return self._on_accepted(link, message, now)
                 text = f"{other} answers at {link.address.endpoint}, where {peer} was expected"
                 return self._end_all(peer, FailureKind.PEER_LOST, text, now)
             case Rejected(text=text):
@@ -220,12 +232,21 @@ class Sender:
         Said again costs nothing; after a broken connection nothing else would be heard.
         """
         silence = 2 * self._settings.beat_s
-        if link.heard_at is not None and now - link.heard_at <= silence:
+        if link.medium and link.heard_at is not None and now - link.heard_at <= silence:
             return
         if link.connect_at is not None and now - link.connect_at < self._settings.beat_s:
             return
         link.connect_at = now
         yield Send(link.address, self._handshake.connect(link.address))
+
+    def _on_accepted(
+        self, link: OutgoingLink, accepted: Accepted, now: float
+    ) -> list[SenderEffect]:
+        if accepted.medium not in self._handshake.media:
+            self.num_dropped += 1
+            return []
+        link.medium = accepted.medium
+        return self._pump(link, now)
 
     def _on_grant(
         self, link: OutgoingLink, transfer: OutgoingTransfer, grant: Grant, now: float
@@ -267,6 +288,7 @@ class Sender:
         if not transfer.commit_sent:
             self.num_dropped += 1  # it can't know that
             return []
+        assert link.medium is not None
         worker_id, block_bytes = link.address.worker_id, self._settings.block_bytes
         done = transfer.done(worker_id, link.medium, block_bytes, now)
         outcome = Released(transfer.key.attempt, done)
@@ -286,12 +308,16 @@ class Sender:
     def _pump(self, link: OutgoingLink, now: float) -> list[SenderEffect]:
         """Sends what is offered, granted and within the window, oldest transfer first."""
         effects: list[SenderEffect] = []
+        if link.medium is None:
+            return effects
+        window = self._settings.window_blocks(link.medium)
+        most = self._settings.chunk_blocks(link.medium)
         for transfer in link.transfers.values():
             if transfer.over or not transfer.granted:
                 continue
             while (ready := len(transfer.offered) - transfer.next_block) > 0:
-                count = min(ready, self._settings.chunk_blocks)
-                if link.num_inflight + count > self._settings.window_blocks:
+                count = min(ready, most)
+                if link.num_inflight + count > window:
                     return effects
                 first = transfer.next_block
                 transfer.chunks[first] = SentChunk(count)
@@ -309,12 +335,17 @@ class Sender:
 
     def _send_chunk(
         self, link: OutgoingLink, transfer: OutgoingTransfer, first: int, count: int
-    ) -> SendChunk:
-        chunk = Chunk(transfer.key, first, count)
+    ) -> SendBlocks:
         ends_here = first + count == transfer.num_blocks
         tail_tokens = transfer.num_tokens % self._settings.block_size if ends_here else 0
         blocks = transfer.offered[first : first + count]
-        return SendChunk(link.address, chunk, blocks, tail_tokens)
+        message: Chunk | Offer
+        if link.medium in BY_REFERENCE:
+            assert self.generations is not None, link.medium
+            message = Offer(transfer.key, first, blocks, self.generations.of(blocks))
+        else:
+            message = Chunk(transfer.key, first, count)
+        return SendBlocks(link.address, message, blocks, tail_tokens)
 
     @staticmethod
     def _say_commit(link: OutgoingLink, transfer: OutgoingTransfer) -> Send:
@@ -382,7 +413,8 @@ class Sender:
         link = self._links.get(peer)
         if link is None:
             return []
-        link.heard_at = link.connect_at = None  # whoever starts next must connect anew
+        # whoever starts next must connect anew
+        link.heard_at = link.connect_at = link.medium = None
         link.quiet_since = now
         return [
             effect

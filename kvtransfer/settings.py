@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..core.ids import Medium
 from ..core.messages import MAX_LIVE, Key
+from .handshake import BY_REFERENCE
 from .messages import MAX_CHUNK_BLOCKS, PeerBeat
 
 
@@ -28,6 +30,8 @@ class TransferSettings:
     max_write_failures: int = 3  # blocks that came in damaged, before the link is given up
     window_bytes: int = 32 << 20  # unacknowledged, to one peer
     chunk_bytes: int = 4 << 20  # in one message
+    offer_window_bytes: int = 1 << 30  # by reference: nothing of it lies in a queue
+    offer_bytes: int = 128 << 20
     max_parked: int = 1024  # prompts begun by peers that this worker was not yet told of
     max_tombstones: int = 1 << 16
 
@@ -48,14 +52,16 @@ class TransferSettings:
     def tombstone_s(self) -> float:
         return 3 * self.lease_s
 
-    @property
-    def window_blocks(self) -> int:
-        return max(1, self.window_bytes // self.block_bytes)
+    def window_blocks(self, medium: Medium) -> int:
+        """How many blocks may be on their way to one peer."""
+        window = self.offer_window_bytes if medium in BY_REFERENCE else self.window_bytes
+        return max(1, window // self.block_bytes)
 
-    @property
-    def chunk_blocks(self) -> int:
-        wanted = max(1, self.chunk_bytes // self.block_bytes)
-        return min(wanted, self.window_blocks, MAX_CHUNK_BLOCKS)
+    def chunk_blocks(self, medium: Medium) -> int:
+        """How many blocks one message may give."""
+        size = self.offer_bytes if medium in BY_REFERENCE else self.chunk_bytes
+        wanted = max(1, size // self.block_bytes)
+        return min(wanted, self.window_blocks(medium), MAX_CHUNK_BLOCKS)
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -93,6 +93,9 @@ def shown_worker(member: Member, now: float) -> dict[str, Any]:
         "waiting": member.waiting,
         "running": member.running,
         "max_batch": hello.max_batch,
+        "links": [
+            {"worker_id": link.worker_id, "medium": link.medium.value} for link in member.links
+        ],
     }
 
 

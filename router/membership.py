@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..core.ids import WorkerRef
-from ..core.messages import PROTOCOL_VERSION, BlockCounts, Hello, Refused, WorkerBeat
+from ..core.messages import PROTOCOL_VERSION, BlockCounts, Hello, PeerLink, Refused, WorkerBeat
 from .effects import Link
 
 DEAD_AFTER_S = 5.0
@@ -41,6 +41,7 @@ class Member:
     blocks: BlockCounts
     waiting: int = 0
     running: int = 0
+    links: tuple[PeerLink, ...] = ()  # whom it sends KV blocks to, and how
     state: MemberState = MemberState.READY
 
     @property
@@ -120,6 +121,7 @@ class Membership:
             return self._refused(ended) if ended is not None else Refused("say hello first", True)
         member.heard = now
         member.blocks, member.waiting, member.running = beat.blocks, beat.waiting, beat.running
+        member.links = beat.links
         return member
 
     def lost(self, ref: WorkerRef) -> None:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import xxhash
 
 from ..core.clock import Clock, monotonic
+from ..core.host_pool import HostKvPool
 from ..core.params import SamplingParams
 from ..core.plan import (
     EngineLimits,
@@ -107,14 +108,16 @@ class SimulatedModel:
         return tokens
 
 
-class SimulatedKvPool:
-    """Blocks in ordinary memory: ``block_size`` records of ``token_bytes`` each.
+class SimulatedKvPool(HostKvPool):
+    """``block_size`` records of ``token_bytes`` in each block.
 
     The layout's last dimensions only say how many bytes that is: nobody looks inside.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, token_bytes: int) -> None:
-        self._layout = KvLayout(
+    def __init__(
+        self, num_blocks: int, block_size: int, token_bytes: int, *, shared: bool = False
+    ) -> None:
+        layout = KvLayout(
             num_blocks=num_blocks,
             num_layers=1,
             num_kv_heads=1,
@@ -123,21 +126,9 @@ class SimulatedKvPool:
             dtype="uint8",
             block_bytes=block_size * token_bytes,
         )
-        # [num_blocks, block_size, token_bytes]
-        self.records: Bytes = np.zeros((num_blocks, block_size, token_bytes), dtype=np.uint8)
-        # [num_blocks, block_bytes], the same memory
-        self._blocks: Bytes = self.records.reshape(num_blocks, -1)
-
-    @property
-    def layout(self) -> KvLayout:
-        return self._layout
-
-    def read(self, blocks: Sequence[int]) -> list[memoryview]:
-        return [memoryview(self._blocks[block]) for block in blocks]
-
-    def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
-        for block, source in zip(blocks, data, strict=True):
-            self._blocks[block] = np.frombuffer(source, dtype=np.uint8)
+        super().__init__(layout, shared=shared)
+        # [num_blocks, block_size, token_bytes], the same memory
+        self.records: Bytes = self.bytes.reshape(num_blocks, block_size, token_bytes)
 
     def zero_tail(self, block: int, num_tokens: int) -> None:
         self.records[block, num_tokens:] = 0
@@ -187,9 +178,11 @@ class SimulatedEngine:
         latency: Callable[[StepPlan], float] | None = None,
         clock: Clock = monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        shared: bool = False,
     ) -> None:
+        """``shared``: with its blocks in memory that peers on this host can read."""
         self._model = model
-        self._kv = SimulatedKvPool(num_blocks, block_size, model.token_bytes)
+        self._kv = SimulatedKvPool(num_blocks, block_size, model.token_bytes, shared=shared)
         self._limits = EngineLimits(
             max_slots=max_slots,
             max_context=max_context,
@@ -235,6 +228,7 @@ class SimulatedEngine:
     def close(self) -> None:
         self._launched.clear()
         self._slots.clear()
+        self._kv.close()
 
     def _compute(self, plan: StepPlan) -> StepResult:
         for sequence in plan.new:

@@ -141,7 +141,7 @@ class WorkerCore:
         return self._settled(now)
 
     def sent(self, attempt: Attempt, first_block: int, now: float) -> list[Effect]:
-        """The blocks of that ``SendChunk`` are read no more, whether they left or not."""
+        """The blocks of that ``SendBlocks`` are read no more, whether they left or not."""
         self._life.absorb(self._sender.sent(attempt, first_block, now), now)
         return self._settled(now)
 

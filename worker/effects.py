@@ -1,8 +1,8 @@
 """What the worker core asks of the threads and sockets around it, to be done in order.
 
 ``Tell`` goes to the router. The others are the transfer protocol's, see
-``kvtransfer.effects``: each ``SendChunk`` is answered by ``sent``, each ``Write`` by
-``written``.
+``kvtransfer.effects``: each ``SendBlocks`` is answered by ``sent``, each ``Write`` and
+``Pull`` by ``written``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..core.messages import ToRouter
-from ..kvtransfer.effects import Send, SendChunk, Write
+from ..kvtransfer.effects import Pull, Send, SendBlocks, Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,4 +21,4 @@ class Tell:
     message: ToRouter
 
 
-Effect: TypeAlias = Tell | Send | SendChunk | Write
+Effect: TypeAlias = Tell | Send | SendBlocks | Write | Pull

@@ -22,7 +22,7 @@ from ..core.clock import Clock
 from ..core.errors import MalformedMessage
 from ..core.keys import Keys, admit, secure_client
 from ..core.messages import MAX_LIVE, TO_ROUTER, TO_WORKER, Key, Place, ToRouter, WorkerBeat
-from ..kvtransfer.effects import Send, SendChunk, Write
+from ..kvtransfer.effects import Pull, Send, SendBlocks, Write
 from ..kvtransfer.media.tcp import KvSockets
 from .effects import Effect, Tell
 from .inbox import Inbox, RouterLost, RouterSaid, Stop
@@ -196,11 +196,12 @@ class IoThread(threading.Thread):
                 match effect:
                     case Tell(message=message):
                         self._say(message)
-                    case Send() | SendChunk():
+                    case Send() | SendBlocks():
                         for event in self._kv.send(effect, now):
                             self.inbox.put(event)
-                    case Write():
-                        self.inbox.put(self._kv.write(effect))
+                    case Write() | Pull():
+                        for written in self._kv.write(effect):
+                            self.inbox.put(written)
 
     def _tick(self, now: float) -> None:
         hung = self._busy_since is not None and now - self._busy_since > HUNG_AFTER_S

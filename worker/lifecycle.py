@@ -36,12 +36,13 @@ from ..decode.phase import DecodePhase, DecodeState
 from ..kvtransfer.effects import Effect as TransferEffect
 from ..kvtransfer.effects import (
     Granted,
+    Pull,
     ReceiveEnded,
     Released,
     Reserve,
     Runnable,
     Send,
-    SendChunk,
+    SendBlocks,
     SendFailed,
     Write,
 )
@@ -79,7 +80,9 @@ class Lifecycle:
         self._returned = returned
         self.max_context = min(limits.max_context, layout.num_blocks * layout.block_size)
         self.attempts = Attempts(memory_s)
-        self.cache = KvCache(layout.num_blocks, layout.block_size, salt, prefix_cache)
+        self.cache = KvCache(
+            layout.num_blocks, layout.block_size, salt, prefix_cache, sender.generations
+        )
         self._report = CacheReport(self.cache.pool)
         self.retired = RetiredSequences(self._release)
         self.prefill = PrefillPhase(self.cache, self.retired)
@@ -245,7 +248,7 @@ class Lifecycle:
     def absorb(self, effects: Iterable[TransferEffect], now: float) -> None:
         for effect in effects:
             match effect:
-                case Send() | SendChunk() | Write():
+                case Send() | SendBlocks() | Write() | Pull():
                     self._out.append(effect)
                 case Granted(attempt=attempt):
                     if attempt in self.prefill:

@@ -17,17 +17,19 @@ import os
 import secrets
 import signal
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 from ..core.card import ModelCard
 from ..core.clock import monotonic
-from ..core.config import Deployment, EngineKind, Switch, parse_size
-from ..core.errors import StartupError
-from ..core.ids import Role, WorkerRef, new_epoch
+from ..core.config import Auto, Deployment, EngineKind, Switch, parse_size
+from ..core.errors import ConfigError, OutOfMemory, StartupError
+from ..core.ids import Medium, Role, WorkerRef, new_epoch
 from ..core.keys import Keys, require_safe_bind
 from ..core.messages import PROTOCOL_VERSION, Hello, Refused
-from ..core.plan import Engine
-from ..kvtransfer.handshake import Handshake
+from ..core.plan import Engine, KvPool
+from ..core.shared_memory import sweep
+from ..kvtransfer.handshake import BY_REFERENCE, Handshake
 from ..kvtransfer.media.tcp import KvSockets
 from ..kvtransfer.receiver import Receiver
 from ..kvtransfer.sender import Sender
@@ -43,6 +45,7 @@ from .loop import StepLoop
 log = logging.getLogger(__name__)
 
 _SIMULATED_BLOCKS = 4096  # where kv.memory is not a size
+_UNMAP_PATIENCE_S = 5.0  # for peers to let go of what a worker that has died had shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def run(deployment: Deployment, card: ModelCard, post: Post) -> int:
         require_safe_bind(post.join, deployment.security),
     )
     stopper = _Stopper()
+    sweep(_UNMAP_PATIENCE_S)
     engine, budget = _engine(deployment, card, post)
     try:
         while not stopper.stopped:
@@ -128,6 +132,8 @@ class _Life:
             secrets.token_hex(16),
             card.fingerprint,
             layout,
+            media_of(engine.kv, deployment.kv_transfer.medium),
+            engine.kv.exports,
         )
         settings = TransferSettings(
             layout.block_size, layout.block_bytes, lease_s=deployment.kv_transfer.lease_s
@@ -136,7 +142,7 @@ class _Life:
             budget,
             engine.limits,
             layout,
-            Sender(settings, handshake),
+            Sender(settings, handshake, engine.kv.generations),
             Receiver(settings),
             salt=secrets.token_bytes(16),  # hashes are compared within one pool only
             prefix_cache=deployment.kv.prefix_cache,
@@ -147,6 +153,7 @@ class _Life:
             endpoint=wiring.kv_endpoint,
             keys=wiring.kv_keys,
             checksums=deployment.kv_transfer.checksums is not Switch.OFF,
+            checksum_offers=deployment.kv_transfer.checksums is Switch.ON,
         )
         hello = Hello(
             version=PROTOCOL_VERSION,
@@ -184,6 +191,19 @@ class _Life:
         return self._link.refusal
 
 
+def media_of(pool: KvPool, wanted: Medium | Auto) -> tuple[Medium, ...]:
+    """By what this worker exchanges blocks, the fastest first; ConfigError where it can't."""
+    shared = tuple(export.medium for export in pool.exports)
+    if wanted == "auto":
+        return (*shared, Medium.TCP)
+    if wanted in BY_REFERENCE and wanted not in shared:
+        raise ConfigError(
+            f"kv_transfer.medium: {wanted} does not work for this worker's KV cache; "
+            "allowed: auto or tcp (cuda_ipc is for GPUs, shm for CPUs)"
+        )
+    return (wanted,)
+
+
 def _engine(deployment: Deployment, card: ModelCard, post: Post) -> tuple[Engine, Budget]:
     pool = getattr(deployment.pools, post.role.value)
     if deployment.engine is EngineKind.SIMULATED:
@@ -191,14 +211,23 @@ def _engine(deployment: Deployment, card: ModelCard, post: Post) -> tuple[Engine
 
         budget = Budget.of(post.role, pool, on_gpu=False)
         model = SimulatedModel(card.vocab_size, card.eos_token_ids)
-        return SimulatedEngine(
+        medium = deployment.kv_transfer.medium
+        build = partial(
+            SimulatedEngine,
             model,
             num_blocks=_simulated_blocks(deployment, model.token_bytes),
             block_size=deployment.kv.block_size,
             max_slots=budget.num_slots,
             max_context=card.max_context,
             max_step_tokens=budget.max_step_tokens,
-        ), budget
+        )
+        try:
+            return build(shared=medium in ("auto", Medium.SHM)), budget
+        except OutOfMemory as error:
+            if medium != "auto":
+                raise
+            log.warning("KV blocks will be sent, not shared: %s", error)
+            return build(shared=False), budget
     from ..engine.build import build_engine
     from ..engine.device import resolve_device
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 _WORD = torch.int64
 _BLOCK = 4096  # words
+_PROGRAMS = 32  # of a move between pools: enough for a link, and the rest of the GPU stays free
 
 
 @triton.jit
@@ -32,6 +33,17 @@ def _copy_kernel(
         source = source_ptr + dense * source_stride
         target = target_ptr + paged * target_stride
     tl.store(target + at, tl.load(source + at, mask=at < size), mask=at < size)
+
+
+@triton.jit
+def _move_kernel(target_ptr, source_ptr, ids_ptr, count, size, BLOCK: tl.constexpr):
+    pieces = tl.cdiv(size, BLOCK)
+    for piece in range(tl.program_id(0), count * pieces, tl.num_programs(0)):
+        pair = piece // pieces
+        source = source_ptr + tl.load(ids_ptr + pair) * size
+        target = target_ptr + tl.load(ids_ptr + count + pair) * size
+        at = (piece % pieces) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(target + at, tl.load(source + at, mask=at < size), mask=at < size)
 
 
 def gather_blocks(pool: Tensor, block_ids: Tensor, out: Tensor) -> None:
@@ -63,4 +75,16 @@ def _copy(target: Tensor, source: Tensor, block_ids: Tensor, *, gather: bool) ->
             GATHER=gather,
             BLOCK=_BLOCK,
             num_warps=8,
+        )
+
+
+def move_blocks(source: Tensor, target: Tensor, ids: Tensor, num_programs: int = _PROGRAMS) -> None:
+    """See ``kernels.copy_blocks.move_blocks``. Grid: (num_programs,); each takes every
+    ``num_programs``-th stretch."""
+    source, target = source.view(_WORD), target.view(_WORD)
+    count, size = ids.shape[1], target.shape[1]
+    if count:
+        pieces = count * triton.cdiv(size, _BLOCK)
+        _move_kernel[(min(num_programs, pieces),)](
+            target, source, ids, count, size, BLOCK=_BLOCK, num_warps=8
         )

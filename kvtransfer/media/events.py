@@ -34,7 +34,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """The blocks of this SendChunk are no longer read, sent or not: ``Sender.sent``."""
+    """The blocks of this SendBlocks are no longer read, sent or not: ``Sender.sent``."""
 
     attempt: Attempt
     first_block: int

@@ -1,4 +1,5 @@
-"""KV blocks over ZeroMQ: the rim of ``Sender`` and ``Receiver``, for one I/O thread.
+"""What workers say and send to each other: the rim of ``Sender`` and ``Receiver``, for one
+I/O thread. Blocks by value go through these sockets; those by reference, see ``puller``.
 
 One ROUTER takes the transfers of whoever dials in; a DEALER for each peer that this
 worker sends to is opened at the first word and closed when idle. The thread's loop is:
@@ -7,11 +8,11 @@ worker sends to is opened at the first word and closed when idle. The thread's l
     ready = poller.poll(...)          # no longer than kv.retry_ms, where that is not None
     events += kv.on_readable(socket, now)         for each of ours that has POLLIN
     events += kv.flush(now)                       always
-    events += kv.send(effect, now)                for each Send and SendChunk
-    events.append(kv.write(effect))               for each Write
+    events += kv.send(effect, now)                for each Send and SendBlocks
+    events += kv.write(effect)                    for each Write and Pull
 
 Nothing here blocks. What a socket can't take now waits in a bounded queue for its peer;
-a peer that takes nothing for ``stall_s`` loses its socket. Every SendChunk is answered
+a peer that takes nothing for ``stall_s`` loses its socket. Every SendBlocks is answered
 by exactly one ``Sent``.
 
 A peer that ZeroMQ let in (see ``endpoints``) must say Connect before anything else; what
@@ -24,6 +25,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias, cast
 
 import xxhash
@@ -34,13 +36,14 @@ from ...core.ids import WorkerRef
 from ...core.keys import Keys
 from ...core.messages import PeerAddress
 from ...core.plan import KvPool
-from ..effects import Send, SendChunk, Write
+from ..effects import Pull, Send, SendBlocks, Write
 from ..handshake import Handshake
 from ..messages import (
     MAX_CHUNK_BLOCKS,
     TO_RECEIVER,
     TO_SENDER,
     Accepted,
+    Chunk,
     Connect,
     Rejected,
     ToReceiver,
@@ -48,11 +51,14 @@ from ..messages import (
 )
 from .endpoints import Context, Endpoints, Socket, SocketLimits
 from .events import Answered, KvEvent, Received, Sent, SocketLost, Written
+from .puller import Puller
 
 log = logging.getLogger(__name__)
 
 # a message already encoded, or a chunk, whose blocks are read when the socket takes it
-_Waiting: TypeAlias = bytes | SendChunk
+_Waiting: TypeAlias = bytes | SendBlocks
+
+Pollable: TypeAlias = Socket | int  # a descriptor
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -97,12 +103,14 @@ class KvSockets:
         endpoint: str = "tcp://127.0.0.1:0",
         keys: Keys | None = None,
         checksums: bool = True,
+        checksum_offers: bool = False,
         limits: SocketLimits | None = None,
         context: Context | None = None,
     ) -> None:
         self._handshake = handshake
         self._pool = pool
         self._checksums = checksums
+        self._checksum_offers = checksum_offers
         self._limits = limits if limits is not None else SocketLimits()
         self._dialled: dict[WorkerRef, _Dialled] = {}
         self._by_socket: dict[Socket, _Dialled] = {}
@@ -113,9 +121,11 @@ class KvSockets:
         self._endpoints = Endpoints(
             handshake.token, pool.layout.block_bytes, keys, self._limits, context
         )
+        self._puller = Puller(pool)
         try:
             self._router = self._endpoints.listen(endpoint)
         except BaseException:
+            self._puller.close()
             self._endpoints.close()
             raise
         self.address = PeerAddress(
@@ -127,16 +137,18 @@ class KvSockets:
         )
 
     def close(self) -> None:
-        """Cuts everything at once; what was not sent is not."""
+        """Cuts everything at once; what was not sent is not. A copy under way is waited for."""
+        self._puller.close()
         for dialled in self._dialled.values():
             dialled.socket.close(linger=0)
         self._router.close(linger=0)
         self._endpoints.close()
 
-    def sockets(self) -> list[tuple[Socket, int]]:
+    def sockets(self) -> list[tuple[Pollable, int]]:
         """What to poll, and for what. Changes with every call of the other methods."""
         return [
             (self._router, zmq.POLLIN),
+            (self._puller.fileno(), zmq.POLLIN),
             *(
                 (socket, zmq.POLLIN | zmq.POLLOUT if dialled.queue else zmq.POLLIN)
                 for socket, dialled in self._by_socket.items()
@@ -148,8 +160,10 @@ class KvSockets:
         """How soon to ``flush`` again where polling does not tell: a guest's queue is full."""
         return 10 if any(guest.queue for guest in self._guests.values()) else None
 
-    def on_readable(self, socket: Socket, now: float) -> list[KvEvent]:
+    def on_readable(self, socket: Pollable, now: float) -> list[KvEvent]:
         """Up to ``max_reads`` messages of one of our sockets; the poller tells of the rest."""
+        if isinstance(socket, int):
+            return [*self._puller.results()]
         if socket is self._router:
             read: Iterator[KvEvent] = self._read_guests(now)
         elif socket in self._by_socket:
@@ -158,7 +172,7 @@ class KvSockets:
             return []  # closed since it was polled
         return list(read)
 
-    def send(self, effect: Send | SendChunk, now: float) -> list[KvEvent]:
+    def send(self, effect: Send | SendBlocks, now: float) -> list[KvEvent]:
         """Sends now if the socket takes it, else when it does (``flush``)."""
         line: _Line | str | None
         if isinstance(effect.peer, PeerAddress):
@@ -172,7 +186,7 @@ class KvSockets:
         if len(line.queue) >= self._limits.max_queue:
             self.num_dropped += 1
             return _sent([effect])
-        if isinstance(effect, SendChunk):
+        if isinstance(effect, SendBlocks):
             line.queue.append(effect)
         elif isinstance(line, _Guest):
             line.queue.append(TO_SENDER.encode(cast(ToSender, effect.message)))
@@ -180,8 +194,10 @@ class KvSockets:
             line.queue.append(TO_RECEIVER.encode(cast(ToReceiver, effect.message)))
         return self._drain(line, now) if len(line.queue) == 1 else []
 
-    def write(self, effect: Write) -> Written:
-        """Checks and copies blocks into the pool."""
+    def write(self, effect: Write | Pull) -> list[Written]:
+        """Checks and copies blocks into the pool; a Pull's result comes when it is done."""
+        if isinstance(effect, Pull):
+            return self._puller.pull(effect)
         ok = all(
             xxhash.xxh3_64_intdigest(frame) == checksum
             for frame, checksum in zip(effect.frames, effect.checksums, strict=False)
@@ -190,11 +206,17 @@ class KvSockets:
             self._pool.write(effect.blocks, effect.frames)
         else:
             log.warning("%s: a block came in damaged", effect.attempt)
-        return Written(effect.attempt, effect.first_block, ok)
+        return [Written(effect.attempt, effect.first_block, ok)]
 
     def flush(self, now: float) -> list[KvEvent]:
-        """Sends what waited; gives up peers that take nothing; closes what is idle."""
+        """Sends what waited; gives up peers that take nothing, or whose process has ended;
+        closes what is idle."""
         events: list[KvEvent] = []
+        for peer in self._puller.gone(now):
+            self._puller.detach(peer)
+            if (guest := self._guests.get(peer)) is not None:
+                self._forget(guest)
+            events.append(SocketLost(peer, f"the process of {peer} has ended"))
         lines: list[_Line] = [*self._dialled.values(), *self._guests.values()]
         for line in lines:
             if line.queue:
@@ -243,6 +265,7 @@ class KvSockets:
         elif isinstance(line, _Guest):
             del self._guests[line.ref]
             del self._by_routing_id[line.routing_id]
+            self._puller.detach(line.ref)
 
     # sending
 
@@ -282,12 +305,15 @@ class KvSockets:
             raise zmq.Again  # before any block is read
         if waiting.tail_tokens:
             self._pool.zero_tail(waiting.blocks[-1], waiting.tail_tokens)
-        blocks = self._pool.read(waiting.blocks)
         message = waiting.message
-        if self._checksums:
+        by_value = isinstance(message, Chunk)
+        checked = self._checksums if by_value else self._checksum_offers
+        blocks = self._pool.read(waiting.blocks) if by_value or checked else []
+        if checked:
             checksums = tuple(xxhash.xxh3_64_intdigest(block) for block in blocks)
             message = replace(message, checksums=checksums)
-        line.socket.send_multipart([TO_RECEIVER.encode(message), *blocks], zmq.NOBLOCK)
+        frames = blocks if by_value else []
+        line.socket.send_multipart([TO_RECEIVER.encode(message), *frames], zmq.NOBLOCK)
 
     # receiving
 
@@ -313,14 +339,16 @@ class KvSockets:
                 yield Received(guest.ref, message, data)
 
     def _on_connect(self, routing_id: bytes, connect: Connect, now: float) -> None:
-        answer = self._handshake.answer(connect)
+        ref = WorkerRef(connect.worker_id, connect.epoch)
+        answer = self._handshake.answer(connect, partial(self._puller.attach, ref))
         if isinstance(answer, Accepted):
-            ref = WorkerRef(connect.worker_id, connect.epoch)
             guest = self._by_routing_id.get(routing_id)
             if guest is None or guest.ref != ref:
-                for old in (guest, self._guests.get(ref)):  # a connection has one peer, and
-                    if old is not None:  # a peer has one connection: the latest
-                        self._forget(old)
+                if guest is not None:  # a connection has one peer
+                    self._forget(guest)
+                before = self._guests.pop(ref, None)  # and a peer one connection: the latest
+                if before is not None:
+                    del self._by_routing_id[before.routing_id]
                 guest = _Guest(ref=ref, used_at=now, routing_id=routing_id)
                 self._guests[ref] = self._by_routing_id[routing_id] = guest
             guest.used_at = now
@@ -375,5 +403,5 @@ def _sent(effects: Iterable[_Waiting | Send]) -> list[KvEvent]:
     return [
         Sent(effect.attempt, effect.message.first_block)
         for effect in effects
-        if isinstance(effect, SendChunk)
+        if isinstance(effect, SendBlocks)
     ]

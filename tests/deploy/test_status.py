@@ -32,6 +32,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, documents: dict[str, tuple[int, An
 
 def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     workers = [worker("prefill", 0, state="dead"), worker("decode", 1), worker("decode", 0)]
+    workers[1]["links"] = [{"worker_id": "decode-0", "medium": "shm"}]
     answered(
         monkeypatch,
         {
@@ -45,6 +46,7 @@ def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         "decode   decode-0   ready        2        0     3       7    90  4321",
         "decode   decode-1   ready        2        0     3       7    90  4321",
         "prefill  prefill-0  dead         2        0     3       7    90  4321",
+        "KV blocks: decode-1 -> decode-0 by shm",
     ]
     assert status.read_cluster(URL).ready == {"decode-0", "decode-1"}
 

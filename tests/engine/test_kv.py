@@ -104,9 +104,9 @@ def test_a_view_is_the_pool_itself(llama_folder: Path) -> None:
 
 def test_a_tail_is_zeroed_in_every_layer() -> None:
     layout = KvLayout(3, 2, 2, 4, 8, "fp32", 2 * 2 * 2 * 4 * 8 * 4)
-    blocks = kv.allocate(layout, torch.float32, torch.device("cpu"))
+    pool = kv.new_pool(layout, torch.float32, torch.device("cpu"))
+    blocks = pool.blocks
     assert not blocks.any(), "a new pool is zero"
-    pool = kv.pool_of(layout, blocks)
     blocks.fill_(7)
     pool.zero_tail(1, 3)
     assert not blocks[1, :, :, :, 3:].any()

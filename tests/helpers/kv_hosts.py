@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterable
 import zmq
 from kv_parts import token_of
 
-from pdserve.core.ids import Attempt, WorkerRef
+from pdserve.core.ids import Attempt, Medium, WorkerRef
 from pdserve.core.keys import Keys
 from pdserve.core.messages import PeerAddress
 from pdserve.kvtransfer.effects import (
     Effect,
     Granted,
+    Pull,
     ReceiveEnded,
     Released,
     Reserve,
     Runnable,
     Send,
-    SendChunk,
+    SendBlocks,
     SendFailed,
     Write,
 )
@@ -54,22 +55,37 @@ class Host:
         lease_s: float = 10.0,
         num_blocks: int = 256,
         fingerprint: str = "model-1",
+        medium: Medium = Medium.TCP,
+        checksum_offers: bool = False,
     ) -> None:
-        self.pool = SimulatedKvPool(num_blocks, BLOCK_SIZE, 64)
+        shared = medium is Medium.SHM
+        self.pool = SimulatedKvPool(num_blocks, BLOCK_SIZE, 64, shared=shared)
         self.ref = WorkerRef(name, epoch)
-        handshake = Handshake(self.ref, f"token-of-{name}", fingerprint, self.pool.layout)
+        token, layout = f"token-of-{name}", self.pool.layout
+        exports = self.pool.exports
+        handshake = Handshake(self.ref, token, fingerprint, layout, (medium,), exports)
         settings = TransferSettings(
-            BLOCK_SIZE, BLOCK_BYTES, lease_s=lease_s, chunk_bytes=4 * BLOCK_BYTES
+            BLOCK_SIZE,
+            BLOCK_BYTES,
+            lease_s=lease_s,
+            chunk_bytes=4 * BLOCK_BYTES,
+            offer_bytes=16 * BLOCK_BYTES,
         )
-        self.sender = Sender(settings, handshake)
+        self.sender = Sender(settings, handshake, self.pool.generations)
         self.receiver = Receiver(settings)
         if network is not None:
             self.kv = network.open(handshake, self.pool, limits=limits)
         else:
-            self.kv = KvSockets(handshake, self.pool, keys=keys, limits=limits)
+            self.kv = KvSockets(
+                handshake, self.pool, keys=keys, limits=limits, checksum_offers=checksum_offers
+            )
         self.endings: dict[Attempt, list[Ending]] = {}
         self.lost: list[SocketLost] = []
         self.time_shift = 0.0
+
+    def close(self) -> None:
+        self.kv.close()
+        self.pool.close()
 
     @property
     def address(self) -> PeerAddress:
@@ -100,10 +116,10 @@ class Host:
     def act(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Send() | SendChunk():
+                case Send() | SendBlocks():
                     self.take(self.kv.send(effect, self.now))
-                case Write():
-                    self.take([self.kv.write(effect)])
+                case Write() | Pull():
+                    self.take(self.kv.write(effect))
                 case Reserve():
                     theirs = self.theirs(-(-effect.num_tokens // BLOCK_SIZE))
                     self.act(self.receiver.reserved(effect.attempt, 0, theirs, self.now))
@@ -156,3 +172,11 @@ def drive(hosts: list[Host], until: Callable[[], bool], timeout: float = 10.0) -
 def moved(source: Host, target: Host, num_blocks: int) -> bool:
     ours = source.pool.read(range(num_blocks))
     return ours == target.pool.read(target.theirs(num_blocks))
+
+
+def readable(host: Host, patience_ms: int) -> bool:
+    """Whether something comes in within that time."""
+    poller = zmq.Poller()
+    for socket, _ in host.kv.sockets():
+        poller.register(socket, zmq.POLLIN)
+    return bool(poller.poll(patience_ms))

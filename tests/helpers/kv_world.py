@@ -6,6 +6,9 @@ more; what is then still open must end by the protocol's own means.
 
 The pools are honest: a block is filled when it is offered, read when the rim sends it,
 overwritten when it is freed. So a block that is freed too early arrives wrong.
+
+With blocks by reference D's rim reads P's pool piece by piece, as time passes, while P may
+free and overwrite; what it then believes must be right all the same.
 """
 
 from __future__ import annotations
@@ -18,26 +21,31 @@ from random import Random
 
 from kv_parts import ADDRESS, SETTINGS, D, P, handshake, token_of
 
-from pdserve.core.ids import Attempt
+from pdserve.core.generations import Generations
+from pdserve.core.ids import Attempt, Medium
 from pdserve.core.messages import FailureKind, Key
+from pdserve.core.plan import PoolExport
 from pdserve.kvtransfer.effects import (
     Effect,
     Granted,
+    Pull,
     ReceiveEnded,
     Released,
     Reserve,
     Runnable,
     Send,
-    SendChunk,
+    SendBlocks,
     SendFailed,
     Write,
 )
-from pdserve.kvtransfer.messages import Accepted, Chunk, Connect, ToReceiver, ToSender
+from pdserve.kvtransfer.messages import Accepted, Chunk, Connect, Offer, ToReceiver, ToSender
 from pdserve.kvtransfer.receiver import Receiver
 from pdserve.kvtransfer.sender import Sender
 
 _FREED = b"freed".ljust(SETTINGS.block_bytes, b"!")
 _EMPTY = bytes(SETTINGS.block_bytes)
+_EXPORT = PoolExport(Medium.SHM, "a name", bytes(16), 10_000)
+_MEDIA = (Medium.SHM, Medium.TCP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,7 @@ class Faults:
     disconnect: float = 0.0
     sender_loses_peer: float = 0.0
     receiver_loses_peer: float = 0.0
+    by_value: float = 1.0  # of a handshake, to find that D can't read P's pool
 
 
 @dataclass(slots=True)
@@ -84,14 +93,18 @@ class World:
         self.router_at = router_at  # from when on it has D drop what P is done with
         self.now = 0.0
         self.stories: dict[Attempt, Story] = {}
-        self.sender = Sender(SETTINGS, handshake(P, "secret-of-p"))
+        self.generations = Generations.private(_EXPORT.num_blocks)
+        mine = handshake(P, "secret-of-p", media=_MEDIA, exports=(_EXPORT,))
+        self.sender = Sender(SETTINGS, mine, self.generations)
         self.receiver = Receiver(SETTINGS)
         self.of_p: dict[int, bytes] = {}
         self.of_d: dict[int, bytes] = {}
         self.reading: Counter[int] = Counter()
         self.writing: Counter[int] = Counter()
         self.knows_p = False  # D's rim has accepted a Connect: there is a way to and fro
-        self._answers = handshake(D, ADDRESS.token)
+        self._answers = handshake(D, ADDRESS.token, media=_MEDIA)
+        self.num_stale = 0  # pulls that the generations showed to be worth nothing
+        self.num_pulls = 0
         self._agenda: list[tuple[float, int, Callable[[], object]]] = []
         self._num_events = 0
         self._tick()
@@ -204,7 +217,7 @@ class World:
             match effect:
                 case Send():
                     self._transmit(effect, ())
-                case SendChunk():
+                case SendBlocks():
                     self.reading.update(effect.blocks)
                     delay = self.random.uniform(0, self.faults.max_rim_delay)
                     self.later(delay, lambda effect=effect: self._send_chunk(effect))  # type: ignore[misc]
@@ -212,6 +225,10 @@ class World:
                     self.writing.update(effect.blocks)
                     delay = self.random.uniform(0, self.faults.max_rim_delay)
                     self.later(delay, lambda effect=effect: self._write(effect))  # type: ignore[misc]
+                case Pull():
+                    self.writing.update(effect.blocks)
+                    self.num_pulls += 1
+                    self._pull(effect, [])
                 case Reserve(attempt=attempt):
                     story = self.stories[attempt]
                     self.later(self._soon(), lambda story=story: self._reserved(story))  # type: ignore[misc]
@@ -226,6 +243,7 @@ class World:
         story = self.stories[effect.attempt]
         assert not any(self.reading[block] for block in story.blocks), "freed while being read"
         story.sent.append(effect)
+        self.generations.bump(story.blocks)  # they are another's, who writes over them
         for block in story.blocks:
             self.of_p[block] = _FREED
 
@@ -244,9 +262,11 @@ class World:
 
     # the rims and the network
 
-    def _send_chunk(self, effect: SendChunk) -> None:
+    def _send_chunk(self, effect: SendBlocks) -> None:
         frames = tuple(self.of_p[block] for block in effect.blocks)
         assert _FREED not in frames
+        if isinstance(effect.message, Offer):
+            frames = ()
         self.reading.subtract(effect.blocks)
         self._transmit(effect, frames)
         self.act(self.sender.sent(effect.attempt, effect.message.first_block, self.now))
@@ -259,7 +279,21 @@ class World:
         self.writing.subtract(effect.blocks)
         self.act(self.receiver.written(effect.attempt, effect.first_block, ok, self.now))
 
-    def _transmit(self, effect: Send | SendChunk, frames: tuple[bytes, ...]) -> None:
+    def _pull(self, effect: Pull, copied: list[bytes]) -> None:
+        """One block after the other; after the last one it is confirmed, or worth nothing."""
+        if len(copied) < len(effect.theirs):
+            copied.append(self.of_p[effect.theirs[len(copied)]])
+            delay = self.random.uniform(0, self.faults.max_rim_delay)
+            self.later(delay, lambda: self._pull(effect, copied))
+            return
+        ok = self.generations.are(effect.theirs, effect.generations)
+        self.num_stale += not ok
+        self.of_d.update(zip(effect.blocks, copied, strict=True))
+        self.writing.subtract(effect.blocks)
+        ok = ok and not self._chance(self.faults.damage)
+        self.act(self.receiver.written(effect.attempt, effect.first_block, ok, self.now))
+
+    def _transmit(self, effect: Send | SendBlocks, frames: tuple[bytes, ...]) -> None:
         message = effect.message
         if effect.peer == P and not self.knows_p:
             return
@@ -279,7 +313,8 @@ class World:
 
     def _arrive_at_d(self, message: ToReceiver, frames: tuple[bytes, ...]) -> None:
         if isinstance(message, Connect):
-            answer = self._answers.answer(message)
+            works = self.random.random() >= self.faults.by_value
+            answer = self._answers.answer(message, lambda _: None if works else "not here")
             assert isinstance(answer, Accepted)
             self.knows_p = True
             self._transmit(Send(P, answer), ())

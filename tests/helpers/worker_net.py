@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from pdserve.core.ids import Attempt, Task, WorkerRef
+from pdserve.core.ids import Attempt, Medium, Task, WorkerRef
 from pdserve.core.messages import (
     Abort,
     AttemptFailed,
@@ -31,9 +31,10 @@ from pdserve.core.messages import (
     TransferDone,
 )
 from pdserve.core.params import SamplingParams
-from pdserve.kvtransfer.effects import Send, SendChunk, Write
+from pdserve.core.plan import PoolExport
+from pdserve.kvtransfer.effects import Pull, Send, SendBlocks, Write
 from pdserve.kvtransfer.handshake import Handshake
-from pdserve.kvtransfer.messages import Connect
+from pdserve.kvtransfer.messages import Chunk, Connect
 from pdserve.kvtransfer.receiver import Receiver
 from pdserve.kvtransfer.sender import Sender
 from pdserve.kvtransfer.settings import TransferSettings
@@ -59,6 +60,7 @@ class Shape:
     growth_tokens: int = 0
     max_inflight: int = 1
     prefix_cache: bool = True
+    by_reference: bool = False
 
 
 class Worker:
@@ -82,18 +84,23 @@ class Worker:
         self.model = model
         self.ref = WorkerRef(name, epoch)
         self.address = PeerAddress(name, epoch, f"inproc://{name}", f"token of {name}")
-        self.handshake = Handshake(self.ref, self.address.token, "a model", layout)
+        media = (Medium.SHM, Medium.INPROC) if shape.by_reference else (Medium.INPROC,)
+        exports = (PoolExport(Medium.SHM, "", bytes(16), layout.num_blocks),)
+        token = self.address.token
+        self.handshake = Handshake(self.ref, token, "a model", layout, media, exports)
         settings = TransferSettings(
             shape.block_size,
             layout.block_bytes,
             window_bytes=6 * layout.block_bytes,
             chunk_bytes=2 * layout.block_bytes,
+            offer_window_bytes=8 * layout.block_bytes,
+            offer_bytes=3 * layout.block_bytes,
         )
         self.core = WorkerCore(
             Budget(shape.chunk_tokens, shape.max_batch, 4, shape.growth_tokens),
             self.engine.limits,
             layout,
-            Sender(settings, self.handshake),
+            Sender(settings, self.handshake, self.engine.kv.generations),
             Receiver(settings),
             salt=b"a deployment",
             prefix_cache=shape.prefix_cache,
@@ -292,24 +299,26 @@ class Net:
             match effect:
                 case Tell(message=message):
                     self._tell(worker, message)
-                case Send() | SendChunk() | Write():
+                case Send() | SendBlocks() | Write() | Pull():
                     self._io(worker, effect)
 
     def _tell(self, worker: Worker, message: ToRouter) -> None:
         self._put((worker.name, "router"), lambda: self._on_told(worker.name, message))
 
-    def _io(self, worker: Worker, effect: Send | SendChunk | Write) -> None:
+    def _io(self, worker: Worker, effect: Send | SendBlocks | Write | Pull) -> None:
         self._put((worker.name, "io"), lambda: self._io_now(worker, effect))
 
-    def _io_now(self, worker: Worker, effect: Send | SendChunk | Write) -> None:
+    def _io_now(self, worker: Worker, effect: Send | SendBlocks | Write | Pull) -> None:
         kv, core = worker.engine.kv, worker.core
         match effect:
             case Send(peer=peer, message=message):
                 self._transmit(worker, peer, message, ())
-            case SendChunk(peer=peer, message=message, blocks=blocks, tail_tokens=tail):
+            case SendBlocks(peer=peer, message=message, blocks=blocks, tail_tokens=tail):
                 if tail:
                     kv.zero_tail(blocks[-1], tail)
-                frames = tuple(memoryview(bytes(view)) for view in kv.read(blocks))
+                frames: tuple[memoryview, ...] = ()
+                if isinstance(message, Chunk):
+                    frames = tuple(memoryview(bytes(view)) for view in kv.read(blocks))
                 self._transmit(worker, peer, message, frames)
                 attempt, first = effect.attempt, message.first_block
                 self._put(
@@ -323,6 +332,21 @@ class Net:
                     (worker.name, "written"),
                     lambda: self.do(worker, core.written(attempt, first, ok, self.now)),
                 )
+            case Pull():
+                self._put((worker.name, "pulls"), lambda: self._pull(worker, effect))
+
+    def _pull(self, worker: Worker, effect: Pull) -> None:
+        """Copies on a thread of its own; the result may come much later than its reading."""
+        other = self.workers[effect.peer.worker_id]
+        frames = [bytes(view) for view in other.engine.kv.read(effect.theirs)]
+        worker.engine.kv.write(effect.blocks, [memoryview(frame) for frame in frames])
+
+        def confirm() -> None:
+            ok = other.ref == effect.peer and self.rng.random() >= self.damaging
+            ok = ok and other.engine.kv.generations.are(effect.theirs, effect.generations)
+            self.do(worker, worker.core.written(effect.attempt, effect.first_block, ok, self.now))
+
+        self._put((worker.name, "pulled"), confirm)
 
     def _transmit(
         self,
@@ -356,7 +380,7 @@ class Net:
         self, worker: Worker, peer: WorkerRef, message: object, frames: tuple[memoryview, ...]
     ) -> None:
         if isinstance(message, Connect):
-            answer = worker.handshake.answer(message)
+            answer = worker.handshake.answer(message, lambda _: None)
             self._io(worker, Send(peer, answer))
             return
         self.do(worker, worker.core.receiver_message(peer, message, frames, self.now))  # type: ignore[arg-type]

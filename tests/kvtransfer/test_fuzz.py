@@ -13,13 +13,13 @@ import pytest
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_hosts import Host, drive, moved
+from kv_hosts import Host, drive, moved, readable
 from kv_parts import ADDRESS, SETTINGS, D, P, attempt, handshake, token_of
 
 from pdserve.core.errors import MalformedMessage
-from pdserve.core.ids import WorkerRef
+from pdserve.core.ids import Medium, WorkerRef
 from pdserve.core.messages import Key, TokenItem
-from pdserve.kvtransfer.effects import Send, SendChunk, Write
+from pdserve.kvtransfer.effects import Pull, Send, SendBlocks, Write
 from pdserve.kvtransfer.handshake import Handshake
 from pdserve.kvtransfer.media.inproc import InprocNetwork
 from pdserve.kvtransfer.messages import (
@@ -33,6 +33,7 @@ from pdserve.kvtransfer.messages import (
     Complete,
     Connect,
     Grant,
+    Offer,
     PeerBeat,
     Rejected,
     Starting,
@@ -50,12 +51,13 @@ HONEST_TO_RECEIVER: list[ToReceiver] = [
     handshake(P, "secret-of-p").connect(ADDRESS),
     Starting(Key.of(A), 22),
     Chunk(Key.of(A), 2, 2, (1, 2**64 - 1)),
+    Offer(Key.of(A), 2, (7, 9), (1, 2**64 - 1)),
     COMMIT,
     Withdraw(Key.of(A)),
     PeerBeat((Key.of(A), Key.of(attempt(2)))),
 ]
 HONEST_TO_SENDER: list[ToSender] = [
-    Accepted(D.worker_id, D.epoch),
+    Accepted(D.worker_id, D.epoch, Medium.TCP),
     Rejected("no"),
     Grant(Key.of(A), 2),
     Ack(Key.of(A), 2, 2),
@@ -133,12 +135,22 @@ chunks = st.builds(
 any_to_receiver = st.one_of(
     st.builds(Starting, keys, counts),
     chunks,
+    st.builds(
+        Offer,
+        keys,
+        counts,
+        st.lists(counts, min_size=1, max_size=4).map(tuple),
+        st.lists(st.just(3), max_size=4).map(tuple),
+        st.lists(st.just(1), max_size=3).map(tuple),
+    ),
     st.builds(Commit, keys, counts, tokens),
     st.builds(Withdraw, keys),
     st.builds(PeerBeat, st.lists(keys, max_size=3).map(tuple)),
 )
 any_to_sender = st.one_of(
-    st.builds(Accepted, st.just(D.worker_id), st.sampled_from([D.epoch, 5])),
+    st.builds(
+        Accepted, st.just(D.worker_id), st.sampled_from([D.epoch, 5]), st.sampled_from(Medium)
+    ),
     st.builds(Rejected, st.just("no")),
     st.builds(Grant, keys, counts),
     st.builds(Ack, keys, counts, counts),
@@ -172,6 +184,14 @@ def test_a_lying_sender_writes_nothing_but_what_it_was_granted(
                 assert effect.blocks[-1] <= 55
                 assert all(frame.nbytes == 16 for frame in effect.frames)
                 receiver.written(A, effect.first_block, True, now)
+            elif isinstance(effect, Pull):
+                assert peer == effect.peer == P and effect.attempt == A
+                assert effect.first_block >= 2
+                first = 50 + effect.first_block
+                assert effect.blocks == tuple(range(first, first + len(effect.theirs)))
+                assert effect.blocks[-1] <= 55
+                assert len(effect.theirs) == len(effect.generations)
+                receiver.written(A, effect.first_block, True, now)
             elif isinstance(effect, Send):
                 assert effect.peer in (P, OTHER)
 
@@ -187,7 +207,7 @@ def test_a_lying_receiver_gets_nothing_but_what_was_offered(said: Sequence[ToSen
     for message in said:
         now += 0.3
         for effect in (*sender.receive(D, message, now), *sender.tick(now)):
-            if isinstance(effect, SendChunk):
+            if isinstance(effect, SendBlocks):
                 first = effect.message.first_block
                 assert effect.blocks == offered[first : first + effect.message.num_blocks]
                 assert effect.blocks
@@ -273,7 +293,7 @@ def test_garbage_from_the_peer_that_was_dialled() -> None:
             for _ in range(50):
                 frames = [mutated(random, random.choice(honest)), *[b"x"] * random.choice([0, 1])]
                 liar.send_multipart([routing_id, *frames])
-            drive([p], lambda: not any(sock.poll(20) for sock, _ in p.kv.sockets()))
+            drive([p], lambda: not readable(p, 20))
         assert p.kv.num_dropped > 500
         assert not p.lost
     finally:

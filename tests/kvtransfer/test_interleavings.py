@@ -50,6 +50,7 @@ def play(
         disconnect=chances,
         sender_loses_peer=st.sampled_from([0.0, 0.0, 0.05]),
         receiver_loses_peer=st.sampled_from([0.0, 0.0, 0.05]),
+        by_value=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
     ),
 )
 def test_every_block_is_given_back_once_whatever_happens(
@@ -58,27 +59,33 @@ def test_every_block_is_given_back_once_whatever_happens(
     play(seed, faults, num_transfers)
 
 
+media = pytest.mark.parametrize("by_value", [0.0, 1.0], ids=["by_reference", "by_value"])
+
+
+@media
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), repeat=chances, max_delay=st.sampled_from([0.001, 0.9, 3.0]))
 def test_delays_and_repetitions_alone_cost_no_transfer(
-    seed: int, repeat: float, max_delay: float
+    by_value: float, seed: int, repeat: float, max_delay: float
 ) -> None:
-    world = play(seed, Faults(repeat=repeat, max_delay=max_delay), 4)
+    world = play(seed, Faults(repeat=repeat, max_delay=max_delay, by_value=by_value), 4)
+    assert bool(world.num_pulls) != bool(by_value)
     for story in world.stories.values():
         assert story.delivered and isinstance(story.sent[0], Released)
 
 
-@settings(max_examples=150, deadline=None)
+@media
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     loss=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
     disconnect=st.sampled_from([0.0, 0.9]),
 )
 def test_an_outage_of_less_than_half_a_lease_costs_no_transfer(
-    seed: int, loss: float, disconnect: float
+    by_value: float, seed: int, loss: float, disconnect: float
 ) -> None:
     """All that was lost before the network is sound again is said again, and soon enough."""
-    faults = Faults(loss=loss, repeat=0.2, disconnect=disconnect)
+    faults = Faults(loss=loss, repeat=0.2, disconnect=disconnect, by_value=by_value)
     world = play(seed, faults, 3, calm_at=4.0, arrivals=1.0)
     for story in world.stories.values():
         assert story.delivered and isinstance(story.sent[0], Released), story
@@ -88,3 +95,12 @@ def test_an_outage_of_less_than_half_a_lease_costs_no_transfer(
 def test_without_a_network_everything_ends_all_the_same(seed: int) -> None:
     world = play(seed, Faults(loss=1.0), 4, calm_at=END)
     assert not any(story.delivered for story in world.stories.values())
+
+
+def test_what_is_taken_back_during_a_copy_does_not_count() -> None:
+    """Slow copies, and a sender that withdraws: the generations catch what was overwritten."""
+    num_stale = 0
+    for seed in range(30):
+        faults = Faults(withdraw=0.9, max_rim_delay=0.5, by_value=0.0)
+        num_stale += play(seed, faults, 6).num_stale
+    assert num_stale > 0

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import xxhash
 import zmq
-from kv_hosts import BLOCK_BYTES, Host, drive, moved
+from kv_hosts import BLOCK_BYTES, Host, drive, moved, readable
 from kv_parts import attempt
 
 from pdserve.core.errors import ConfigError
-from pdserve.core.ids import Attempt, WorkerRef
+from pdserve.core.ids import Attempt, Medium, WorkerRef
 from pdserve.core.keys import Keys, load_keys, new_keys, secure_client
 from pdserve.core.messages import FailureKind, Key
-from pdserve.kvtransfer.effects import Released, Runnable, Send, SendChunk, SendFailed, Write
+from pdserve.kvtransfer.effects import Released, Runnable, Send, SendBlocks, SendFailed, Write
 from pdserve.kvtransfer.handshake import Handshake
 from pdserve.kvtransfer.media.endpoints import SocketLimits
-from pdserve.kvtransfer.media.events import Received, Sent, SocketLost
+from pdserve.kvtransfer.media.events import Received, Sent, SocketLost, Written
 from pdserve.kvtransfer.media.inproc import inproc_network
 from pdserve.kvtransfer.media.tcp import KvSockets
 from pdserve.kvtransfer.messages import (
@@ -51,7 +51,7 @@ def make_host() -> Iterator[MakeHost]:
 
         def make(name: str, **options: object) -> Host:
             host = Host(name, **options)  # type: ignore[arg-type]
-            stack.callback(host.kv.close)
+            stack.callback(host.close)
             return host
 
         yield make
@@ -65,7 +65,7 @@ def ended(*hosts: Host) -> bool:
     return all(host.endings for host in hosts)
 
 
-@pytest.mark.parametrize("medium", ["tcp", "curve", "inproc"])
+@pytest.mark.parametrize("medium", ["tcp", "curve", "inproc", "shm", "shm, checked"])
 def test_two_workers_send_to_each_other(medium: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
         options: dict[str, object] = {}
@@ -73,9 +73,13 @@ def test_two_workers_send_to_each_other(medium: str, tmp_path: Path) -> None:
             options["keys"] = keys_in(tmp_path / "keys")
         elif medium == "inproc":
             options["network"] = stack.enter_context(inproc_network())
+            options["medium"] = Medium.INPROC
+        elif medium.startswith("shm"):
+            options["medium"] = Medium.SHM
+            options["checksum_offers"] = medium.endswith("checked")
         one, two = Host("one", **options), Host("two", **options)  # type: ignore[arg-type]
-        stack.callback(one.kv.close)
-        stack.callback(two.kv.close)
+        stack.callback(one.close)
+        stack.callback(two.close)
         one.fill(100, seed=1)
         two.fill(37, seed=2)
         one.expect(B, two.ref, 37)
@@ -88,6 +92,7 @@ def test_two_workers_send_to_each_other(medium: str, tmp_path: Path) -> None:
         for source, target, which in ((one, two, A), (two, one, B)):
             (released,) = source.endings[which]
             assert isinstance(released, Released) and released.done is not None
+            assert released.done.medium == options.get("medium", Medium.TCP)
             assert [type(e) for e in target.endings[which]] == [Runnable]
         assert one.kv.num_dropped == two.kv.num_dropped == 0
         assert not one.lost and not two.lost
@@ -101,11 +106,11 @@ def test_idle_sockets_are_closed_and_opened_again(make_host: MakeHost) -> None:
         p.start(which, d.address, 5)
         drive([p, d], done_with(which, p, d))
         assert moved(p, d, 5)
-        assert len(p.kv.sockets()) == 2
+        assert len(p.kv.sockets()) == 3
         for host in (p, d):
             host.time_shift += 61.0
             host.take(host.kv.flush(host.now))
-            assert len(host.kv.sockets()) == 1
+            assert len(host.kv.sockets()) == 2
 
 
 def test_what_the_two_disagree_on_is_told(make_host: MakeHost) -> None:
@@ -164,16 +169,16 @@ def test_another_key_gets_no_byte_in(make_host: MakeHost, tmp_path: Path) -> Non
         d.expect(B, honest.ref, 3)
         honest.start(B, d.address, 3)
         drive([d, honest], lambda: ended(d, honest))
-        assert not any(socket.poll(200) for socket, _ in d.kv.sockets())
+        assert not readable(d, 200)
         assert moved(honest, d, 3) and d.kv.num_dropped == 0
     finally:
         context.destroy(linger=0)
 
 
-def chunks(peer: Host, num: int, num_blocks: int) -> list[SendChunk]:
+def chunks(peer: Host, num: int, num_blocks: int) -> list[SendBlocks]:
     blocks = tuple(range(num_blocks))
     return [
-        SendChunk(peer.address, Chunk(Key.of(A), index * num_blocks, num_blocks), blocks)
+        SendBlocks(peer.address, Chunk(Key.of(A), index * num_blocks, num_blocks), blocks)
         for index in range(num)
     ]
 
@@ -236,7 +241,7 @@ def test_a_guest_that_stops_reading_is_dropped(make_host: MakeHost) -> None:
         layout = d.pool.layout
         dealer.send(TO_RECEIVER.encode(Handshake(mute, "", "model-1", layout).connect(d.address)))
         drive([d], lambda: bool(dealer.poll(0)))
-        assert TO_SENDER.decode(dealer.recv()) == Accepted("d", 1)
+        assert TO_SENDER.decode(dealer.recv()) == Accepted("d", 1, Medium.TCP)
         for _ in range(4000):  # 16 MB: more than the kernel's buffers take
             assert d.kv.send(Send(mute, Cancel(Key.of(B), "x" * 4096)), d.now) == []
         assert d.kv.retry_ms is not None
@@ -329,9 +334,10 @@ def test_checksums_travel_and_damage_is_not_written(make_host: MakeHost) -> None
     assert isinstance(event.message, Chunk)
     sums = event.message.checksums
     assert sums == tuple(xxhash.xxh3_64_intdigest(block) for block in p.pool.read((0, 1)))
-    assert d.kv.write(Write(A, 0, (8, 9), event.frames, sums)).ok
+    assert d.kv.write(Write(A, 0, (8, 9), event.frames, sums)) == [Written(A, 0, True)]
     assert d.pool.read((8, 9)) == p.pool.read((0, 1))
-    assert not d.kv.write(Write(A, 0, (6, 7), event.frames, (sums[0], sums[1] ^ 1))).ok
+    damaged = Write(A, 0, (6, 7), event.frames, (sums[0], sums[1] ^ 1))
+    assert d.kv.write(damaged) == [Written(A, 0, False)]
     assert bytes(d.pool.read((6,))[0]) == bytes(BLOCK_BYTES)
 
 

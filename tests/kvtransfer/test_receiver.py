@@ -10,6 +10,7 @@ from kv_parts import ADDRESS, SETTINGS, D, P, attempt, handshake, token_of
 from pdserve.core.ids import WorkerRef
 from pdserve.core.messages import FailureKind, Key
 from pdserve.kvtransfer.effects import (
+    Pull,
     ReceiveEnded,
     ReceiverEffect,
     Reserve,
@@ -24,6 +25,7 @@ from pdserve.kvtransfer.messages import (
     Commit,
     Complete,
     Grant,
+    Offer,
     PeerBeat,
     Starting,
     ToReceiver,
@@ -369,3 +371,55 @@ def test_tombstones_are_bounded() -> None:
 def test_a_second_expect_changes_nothing(receiver: Receiver) -> None:
     assert writing(receiver).expect(A, P, NUM_TOKENS, 0.0) == []
     assert receiver.written(A, 2, True, 0.0) == [to_p(Ack(KEY, 2, 2))]
+
+
+# by reference
+
+
+def offered(first: int, *theirs: int, generations: tuple[int, ...] | None = None) -> Offer:
+    return Offer(KEY, first, theirs, (3,) * len(theirs) if generations is None else generations)
+
+
+def test_what_is_offered_is_pulled_into_our_own_blocks(receiver: Receiver) -> None:
+    receiving(receiver)
+    pull = Pull(A, P, 2, (52, 53), (7, 9), (3, 3), ())
+    assert say(receiver, offered(2, 7, 9)) == [pull]
+    assert say(receiver, offered(2, 7, 9)) == []  # the rim is at it
+    assert receiver.written(A, 2, True, 0.0) == [to_p(Ack(KEY, 2, 2))]
+    assert say(receiver, offered(2, 7, 9)) == [to_p(Ack(KEY, 2, 2))]
+    say(receiver, offered(4, 1, 2))
+    assert say(receiver, COMMIT) == []  # the copy is not confirmed
+    assert receiver.written(A, 4, True, 0.0) == [
+        to_p(Ack(KEY, 4, 2)),
+        to_p(Complete(KEY)),
+        Runnable(A, TOKEN),
+    ]
+
+
+def test_a_copy_that_does_not_count_is_pulled_again(receiver: Receiver) -> None:
+    say(receiving(receiver), offered(2, 7, 9))
+    assert receiver.written(A, 2, False, 0.0) == []
+    again = say(receiver, offered(2, 7, 9, generations=(4, 4)))
+    assert again == [Pull(A, P, 2, (52, 53), (7, 9), (4, 4), ())]
+    assert receiver.written(A, 2, True, 0.0) == [to_p(Ack(KEY, 2, 2))]
+
+
+def test_blocks_are_kept_until_a_pull_is_over(receiver: Receiver) -> None:
+    say(receiving(receiver), offered(2, 7, 9))
+    assert say(receiver, Withdraw(KEY)) == []
+    (ended,) = receiver.written(A, 2, False, 0.0)
+    assert isinstance(ended, ReceiveEnded) and ended.kind is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        offered(1, 7, 9),  # not granted
+        offered(5, 7, 9),  # past the prompt
+        offered(2, 7, 9, generations=(1,)),
+        replace(offered(2, 7, 9), checksums=(5,)),
+    ],
+)
+def test_offers_that_make_no_sense_are_dropped(receiver: Receiver, wrong: Offer) -> None:
+    receiving(receiver)
+    assert say(receiver, wrong) == [] and receiver.num_dropped == 1

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 from kv_parts import ADDRESS, SETTINGS, D, P, address, attempt, handshake, token_of
 
+from pdserve.core.generations import Generations
 from pdserve.core.ids import Medium, WorkerRef
 from pdserve.core.messages import FailureKind, Key, PeerLink, TransferDone
-from pdserve.kvtransfer.effects import Granted, Released, Send, SendChunk, SenderEffect, SendFailed
+from pdserve.core.plan import PoolExport
+from pdserve.kvtransfer.effects import Granted, Released, Send, SendBlocks, SenderEffect, SendFailed
 from pdserve.kvtransfer.messages import (
     Accepted,
     Ack,
@@ -20,6 +22,7 @@ from pdserve.kvtransfer.messages import (
     Complete,
     Connect,
     Grant,
+    Offer,
     PeerBeat,
     Rejected,
     Starting,
@@ -31,6 +34,7 @@ from pdserve.kvtransfer.sender import Sender
 A, B = attempt(1), attempt(2)
 KEY = Key.of(A)
 TOKEN = token_of(A)
+ACCEPTED = Accepted(D.worker_id, D.epoch, Medium.TCP)
 BLOCKS = (10, 11, 12, 13, 14, 15)  # of A: 22 tokens
 NUM_TOKENS = 22
 
@@ -39,10 +43,10 @@ def to_d(message: ToReceiver) -> Send:
     return Send(ADDRESS, message)
 
 
-def chunk(first: int, *blocks: int) -> SendChunk:
+def chunk(first: int, *blocks: int) -> SendBlocks:
     """The last of A's 6 blocks holds 2 of its 22 tokens."""
     tail_tokens = 2 if first + len(blocks) == 6 else 0
-    return SendChunk(ADDRESS, Chunk(KEY, first, len(blocks)), blocks, tail_tokens)
+    return SendBlocks(ADDRESS, Chunk(KEY, first, len(blocks)), blocks, tail_tokens)
 
 
 def complete(
@@ -61,6 +65,7 @@ def sender() -> Sender:
 
 def started(sender: Sender, now: float = 0.0) -> Sender:
     sender.start(A, ADDRESS, NUM_TOKENS, now)
+    sender.receive(D, ACCEPTED, now)
     return sender
 
 
@@ -79,7 +84,7 @@ def committed(sender: Sender) -> Sender:
 
 
 def messages(effects: list[SenderEffect]) -> list[object]:
-    return [effect.message for effect in effects if isinstance(effect, Send | SendChunk)]
+    return [effect.message for effect in effects if isinstance(effect, Send | SendBlocks)]
 
 
 def test_connect_goes_before_the_first_starting_only(sender: Sender) -> None:
@@ -93,20 +98,20 @@ def test_connect_goes_before_the_first_starting_only(sender: Sender) -> None:
 
 
 def test_a_restarted_peer_is_another_peer(sender: Sender) -> None:
-    started(sender).receive(D, Accepted(D.worker_id, D.epoch), 0.0)
+    started(sender).receive(D, ACCEPTED, 0.0)
     again = address(WorkerRef(D.worker_id, 23))
     assert [type(m) for m in messages(sender.start(B, again, 4, 0.1))] == [Connect, Starting]
 
 
 def test_a_peer_silent_for_long_is_connected_anew(sender: Sender) -> None:
-    started(sender).receive(D, Accepted(D.worker_id, D.epoch), 0.0)
+    started(sender).receive(D, ACCEPTED, 0.0)
     assert [type(m) for m in messages(sender.start(B, ADDRESS, 4, 1.9))] == [Starting]
     late = sender.start(attempt(3), ADDRESS, 4, 2.1)
     assert [type(m) for m in messages(late)] == [Connect, Starting]
 
 
 def test_starting_is_said_again_until_granted(sender: Sender) -> None:
-    started(sender).receive(D, Accepted(D.worker_id, D.epoch), 0.9)
+    started(sender).receive(D, ACCEPTED, 0.9)
     assert sender.tick(0.9) == []
     assert to_d(Starting(KEY, NUM_TOKENS)) in sender.tick(1.0)
     sender.receive(D, PeerBeat((KEY,)), 1.5)
@@ -135,9 +140,10 @@ def test_blocks_leave_as_they_are_offered_within_the_window(sender: Sender) -> N
 
 def test_a_full_last_block_has_no_tail(sender: Sender) -> None:
     sender.start(B, ADDRESS, 8, 0.0)
+    sender.receive(D, ACCEPTED, 0.0)
     sender.receive(D, Grant(Key.of(B), 0), 0.0)
     (sent,) = sender.offer(B, (3, 4), 0.0)
-    assert isinstance(sent, SendChunk) and sent.tail_tokens == 0
+    assert isinstance(sent, SendBlocks) and sent.tail_tokens == 0
 
 
 def test_what_is_offered_before_the_grant_leaves_with_it(sender: Sender) -> None:
@@ -168,7 +174,7 @@ def test_the_window_is_shared_and_the_oldest_goes_first(sender: Sender) -> None:
     assert sender.offer(B, (20, 21), 0.0) == []
     for first in (0, 2):
         sender.sent(A, first, 0.0)
-    late = SendChunk(ADDRESS, Chunk(Key.of(B), 0, 2), (20, 21))
+    late = SendBlocks(ADDRESS, Chunk(Key.of(B), 0, 2), (20, 21))
     assert sender.offer(A, BLOCKS, 0.0) == []
     assert sender.receive(D, Ack(KEY, 0, 2), 0.0) == [chunk(4, 14, 15)]
     assert sender.receive(D, Ack(KEY, 2, 2), 0.0) == [late]
@@ -184,6 +190,7 @@ def test_a_whole_prompt_in_the_peers_cache_needs_the_commit_only(sender: Sender)
 def test_a_transfer_tells_what_it_took(sender: Sender) -> None:
     sender.start(A, ADDRESS, NUM_TOKENS, 1.0)
     assert sender.links() == ()
+    sender.receive(D, ACCEPTED, 1.5)
     sender.receive(D, Grant(KEY, 2), 1.5)
     sender.offer(A, BLOCKS[:4], 2.0)
     sender.offer(A, BLOCKS, 2.5)
@@ -229,7 +236,7 @@ def test_resends_back_off_and_end(sender: Sender) -> None:
         now += 0.25
         sender.receive(D, PeerBeat((KEY,)), now)
         for effect in sender.tick(now):
-            if isinstance(effect, SendChunk):
+            if isinstance(effect, SendBlocks):
                 resent.append(now)
                 sender.sent(A, 4, now)
             elif isinstance(effect, SendFailed):
@@ -285,7 +292,7 @@ def test_a_refused_handshake_tells_why(sender: Sender) -> None:
 
 
 def test_another_process_at_the_address(sender: Sender) -> None:
-    (failed,) = started(sender).receive(D, Accepted(D.worker_id, 99), 0.0)
+    (failed,) = started(sender).receive(D, Accepted(D.worker_id, 99, Medium.TCP), 0.0)
     assert isinstance(failed, SendFailed) and failed.kind is FailureKind.PEER_LOST
 
 
@@ -306,7 +313,7 @@ def test_cancelled_by_the_peer(sender: Sender) -> None:
 def test_an_unrenewed_lease_ends(
     sender: Sender, heard: bool, listed: bool, kind: FailureKind | None
 ) -> None:
-    started(sender)
+    sender.start(A, ADDRESS, NUM_TOKENS, 0.0)
     ended: list[SenderEffect] = []
     for step in range(60):
         now = step / 4
@@ -386,3 +393,59 @@ def test_a_block_larger_than_the_window_still_goes() -> None:
     assert sender.offer(A, BLOCKS[:2], 0.0) == [chunk(0, 10)]
     sender.sent(A, 0, 0.0)
     assert sender.receive(D, Ack(KEY, 0, 1), 0.0) == [chunk(1, 11)]
+
+
+# by reference
+
+
+def offer(sender: Sender, first: int, *blocks: int) -> SendBlocks:
+    assert sender.generations is not None
+    tail_tokens = 2 if first + len(blocks) == 6 else 0
+    message = Offer(KEY, first, blocks, sender.generations.of(blocks))
+    return SendBlocks(ADDRESS, message, blocks, tail_tokens)
+
+
+@pytest.fixture
+def by_reference() -> Sender:
+    generations = Generations.private(64)
+    generations.bump((11, 12, 12))
+    exports = (PoolExport(Medium.SHM, "name", bytes(16), 64),)
+    mine = handshake(P, "secret-of-p", media=(Medium.SHM, Medium.TCP), exports=exports)
+    return Sender(SETTINGS, mine, generations)
+
+
+def test_where_the_peer_reads_for_itself_blocks_are_offered(by_reference: Sender) -> None:
+    sender = by_reference
+    sender.start(A, ADDRESS, NUM_TOKENS, 0.0)
+    sender.receive(D, Grant(KEY, 1), 0.0)
+    assert sender.offer(A, BLOCKS, 0.0) == []  # not accepted yet: by which medium is not known
+    sent = sender.receive(D, replace(ACCEPTED, medium=Medium.SHM), 0.0)
+    assert sent == [offer(sender, 1, 11, 12, 13, 14, 15)]
+    assert isinstance(sent[0], SendBlocks) and isinstance(sent[0].message, Offer)
+    assert sent[0].message.generations == (1, 2, 0, 0, 0)
+    assert sender.commit(A, TOKEN, 0.0) == [to_d(Commit(KEY, NUM_TOKENS, TOKEN))]
+    sender.sent(A, 1, 0.0)
+    (released,) = sender.receive(D, Complete(KEY), 1.0)
+    assert isinstance(released, Released) and released.done is not None
+    assert released.done.medium is Medium.SHM
+
+
+def test_a_peer_that_connects_anew_may_get_the_rest_otherwise(by_reference: Sender) -> None:
+    sender = by_reference
+    sender.start(A, ADDRESS, NUM_TOKENS, 0.0)
+    sender.receive(D, replace(ACCEPTED, medium=Medium.SHM), 0.0)
+    sender.receive(D, Grant(KEY, 0), 0.0)
+    assert sender.offer(A, BLOCKS[:2], 0.0) == [offer(sender, 0, 10, 11)]
+    sender.sent(A, 0, 0.0)
+    sender.receive(D, ACCEPTED, 0.5)  # by value, this time
+    assert sender.offer(A, BLOCKS[:3], 0.5) == [chunk(2, 12)]
+    sender.sent(A, 2, 0.5)
+    again = [effect for effect in sender.tick(1.6) if isinstance(effect, SendBlocks)]
+    assert again == [chunk(0, 10, 11), chunk(2, 12)]
+
+
+def test_a_medium_that_was_not_asked_for_is_not_taken(sender: Sender) -> None:
+    sender.start(A, ADDRESS, NUM_TOKENS, 0.0)
+    sender.receive(D, replace(ACCEPTED, medium=Medium.CUDA_IPC), 0.0)
+    sender.receive(D, Grant(KEY, 0), 0.0)
+    assert sender.offer(A, BLOCKS, 0.0) == [] and sender.num_dropped == 1

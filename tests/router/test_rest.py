@@ -319,6 +319,7 @@ def test_models_health_and_cluster() -> None:
                         "running": 1,
                         "max_batch": 8,
                         "silent": False,
+                        "links": [],
                     }
                     assert cluster["policy"] == "disaggregated"
                     assert 0 <= cluster["workers"][1].pop("heard_s") < 2

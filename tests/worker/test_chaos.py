@@ -29,6 +29,7 @@ shapes = st.builds(
     growth_tokens=st.sampled_from([0, 4, 16]),
     max_inflight=st.sampled_from([1, 2]),
     prefix_cache=st.booleans(),
+    by_reference=st.booleans(),
 )
 
 

@@ -14,7 +14,7 @@ import zmq
 from served import command, deployment, environment
 
 from pdserve.core.card import ModelCard
-from pdserve.core.ids import Role, Task, new_request_id
+from pdserve.core.ids import Medium, Role, Task, new_request_id
 from pdserve.core.messages import (
     TO_ROUTER,
     TO_WORKER,
@@ -22,8 +22,10 @@ from pdserve.core.messages import (
     AttemptFailed,
     Bye,
     Drain,
+    FailureKind,
     Hello,
     Key,
+    PeerLink,
     Place,
     Refused,
     RouterBeat,
@@ -34,6 +36,7 @@ from pdserve.core.messages import (
     WorkerBeat,
 )
 from pdserve.core.params import SamplingParams
+from pdserve.core.shared_memory import FOLDER
 from pdserve.simulation.engine import SimulatedModel
 
 MODEL = SimulatedModel(vocab_size=512, eos_token_ids=(0,))
@@ -42,14 +45,15 @@ FILE = """
 model: {path: none}
 engine: simulated
 kv: {memory: 1MiB}
+kv_transfer: {medium: %s}
 """
 
 
 class Workers:
     """A router's socket, and the processes that have joined it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = deployment(folder, FILE)
+    def __init__(self, folder: Path, medium: str = "auto") -> None:
+        self._file = deployment(folder, FILE % medium)
         self._card = folder / "card.json"
         ModelCard("none", str(folder), "f" * 32, "simulated", 512, 1024, (0,)).save(self._card)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -61,6 +65,7 @@ class Workers:
         self.hellos: dict[str, Hello] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.live: dict[str, list[Key]] = {}
+        self.links: dict[str, tuple[PeerLink, ...]] = {}
 
     def start(self, role: Role) -> str:
         name = f"{role}-0"
@@ -95,6 +100,7 @@ class Workers:
             self.tell(name, Welcome(1))
         elif isinstance(message, WorkerBeat):
             self.tell(name, RouterBeat(tuple(self.live[name])))
+            self.links[name] = message.links
         return name, message
 
     def until(self, wanted: Callable[[str, ToRouter], bool]) -> None:
@@ -152,7 +158,18 @@ def key() -> Key:
     return Key(new_request_id(), 0)
 
 
-def test_two_processes_write_what_one_would(workers: Workers) -> None:
+@pytest.fixture(params=[("auto", Medium.SHM), ("tcp", Medium.TCP)], ids=["auto", "tcp"])
+def split_workers(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Workers, Medium]]:
+    wanted, used = request.param
+    made = Workers(tmp_path, wanted)
+    yield made, used
+    made.close()
+
+
+def test_two_processes_write_what_one_would(split_workers: tuple[Workers, Medium]) -> None:
+    workers, medium = split_workers
     prefill, decode = workers.start(Role.PREFILL), workers.start(Role.DECODE)
     for num_prompt in (1, 16, 300):
         split = key()
@@ -169,6 +186,37 @@ def test_two_processes_write_what_one_would(workers: Workers) -> None:
         workers.live[decode].clear()
     for name in (prefill, decode):
         workers.at_rest(name)
+    assert workers.links == {prefill: (PeerLink(decode, medium),), decode: ()}
+
+
+def test_a_peer_that_is_killed_is_noticed_and_its_memory_let_go(workers: Workers) -> None:
+    """D has mapped P's pool. P dies; D says so long before a lease is over, and a new P finds
+    nothing left of the old one."""
+    prefill, decode = workers.start(Role.PREFILL), workers.start(Role.DECODE)
+    split = key()
+    workers.place(decode, Task.DECODE, split, 40, prefill)
+    workers.place(prefill, Task.PREFILL, split, 40, decode)
+    workers.answer(split)
+    left = key()
+    workers.place(decode, Task.DECODE, left, 40, prefill)
+    workers.processes[prefill].kill()
+    killed_at = time.monotonic()
+    failed: list[ToRouter] = []
+    workers.until(
+        lambda _, message: isinstance(message, AttemptFailed) and not failed.append(message)
+    )
+    assert time.monotonic() - killed_at < 5.0  # half a lease
+    assert [message.kind for message in failed] == [FailureKind.PEER_LOST]  # type: ignore[union-attr]
+    mine = f"pdserve-{os.getuid()}-*"
+    left_behind = set(FOLDER.glob(mine))
+    workers.start(Role.PREFILL)
+    assert left_behind - set(FOLDER.glob(mine))
+    again = key()
+    workers.live[decode].remove(left)
+    workers.place(decode, Task.DECODE, again, 40, prefill)
+    place = workers.place(prefill, Task.PREFILL, again, 40, decode)
+    tokens = workers.answer(again)
+    assert [tokens[index] for index in sorted(tokens)] == expected(place)
 
 
 def test_a_signal_ends_it_with_goodbye(workers: Workers) -> None:

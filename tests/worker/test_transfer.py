@@ -23,7 +23,7 @@ from pdserve.core.messages import (
 )
 from pdserve.core.params import SamplingParams
 from pdserve.decode.phase import DecodeState
-from pdserve.kvtransfer.effects import Send, SendChunk
+from pdserve.kvtransfer.effects import Send, SendBlocks
 from pdserve.kvtransfer.messages import Chunk, Commit, Starting
 from pdserve.prefill.prompt import PromptState
 from pdserve.worker.effects import Effect, Tell
@@ -292,7 +292,7 @@ def test_token_0_is_told_before_anything_else_is_done_with_it() -> None:
     net.deliver_all()  # granted by now
     first, *others = p.core.complete(p.steps.popleft().wait(), net.now)
     assert isinstance(first, Tell) and isinstance(first.message, TokenBatch)
-    assert [type(effect) for effect in others] == [SendChunk, Send]
+    assert [type(effect) for effect in others] == [SendBlocks, Send]
     for effect in others:
         net.do(p, [effect])
     wanted.output[0] = first.message.items[0].token_id

@@ -94,3 +94,12 @@ def test_copy_blocks(dtype: torch.dtype) -> None:
     copy_blocks.scatter_blocks(target, ids, staged)
     scatter_blocks(expected, ids, staged)
     assert torch.equal(target, expected)
+
+
+def test_move_blocks() -> None:
+    """Blocks of more than one stretch, and fewer programs than stretches."""
+    source = torch.randint(0, 255, (9, 5 * 4096 * 8 + 64), dtype=torch.uint8)
+    target = torch.zeros(5, source.shape[1], dtype=torch.uint8)
+    copy_blocks.move_blocks(source, target, torch.tensor([[8, 0, 3], [1, 4, 0]]), num_programs=4)
+    assert torch.equal(target[[1, 4, 0]], source[[8, 0, 3]])
+    assert not target[[2, 3]].any()

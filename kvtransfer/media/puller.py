@@ -1,0 +1,175 @@
+"""Blocks by reference: D's end of ``shm`` and ``cuda_ipc``, on a thread of its own.
+
+    attach   a peer's pool is mapped when the peer connects, or the reason why it can't be
+    pull     its blocks are copied into ours; the copy counts if the generations still hold
+             once it is complete
+    detach   the peer has gone: what is being copied ends, then its pool is unmapped
+
+Whatever the medium, copying is ``PeerPool.copy``. Pulls of one peer that wait together are
+one copy. The I/O thread waits for none of this: it polls ``fileno`` and takes the results.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from itertools import groupby
+
+import xxhash
+
+from ...core.errors import HandshakeRefused
+from ...core.ids import WorkerRef
+from ...core.plan import KvPool, PeerPool, PoolExport
+from ..effects import Pull
+from .events import Written
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 0.2  # how often a peer's process is looked for
+_STUCK_AFTER_S = 30.0
+
+
+class _Mapping:
+    """A peer's pool, as of its handshake."""
+
+    def __init__(self, export: PoolExport, pool: PeerPool) -> None:
+        self.export = export
+        self.pool = pool
+
+
+class Puller:
+    """All pools of peers that this worker has mapped. Every call comes from the I/O thread."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self._pool = pool
+        self._mappings: dict[WorkerRef, _Mapping] = {}
+        self._jobs: queue.SimpleQueue[tuple[_Mapping, Pull | None] | None] = queue.SimpleQueue()
+        self._results: deque[Written | BaseException] = deque()
+        self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread: threading.Thread | None = None
+        self._check_at = 0.0
+
+    def fileno(self) -> int:
+        """Readable when there are results."""
+        return self._waker
+
+    def attach(self, peer: WorkerRef, export: PoolExport) -> str | None:
+        """Maps the peer's pool; what is wrong where that can't be. Said again, it costs nothing."""
+        mapping = self._mappings.get(peer)
+        if mapping is not None and mapping.export == export:
+            return None
+        try:
+            pool = self._pool.attach(export)
+        except HandshakeRefused as error:
+            log.info("%s can't be read by %s: %s", peer, export.medium, error)
+            return str(error)
+        self.detach(peer)
+        self._mappings[peer] = _Mapping(export, pool)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="puller", daemon=True)
+            self._thread.start()
+        return None
+
+    def pull(self, pull: Pull) -> list[Written]:
+        """Begins it; the result comes with ``results``, or here where there is nothing to do."""
+        mapping = self._mappings.get(pull.peer)
+        if mapping is None or max(pull.theirs) >= mapping.export.num_blocks:
+            log.warning("%s: %s has offered blocks that it does not show", pull.attempt, pull.peer)
+            return [Written(pull.attempt, pull.first_block, ok=False)]
+        self._jobs.put((mapping, pull))
+        return []
+
+    def results(self) -> list[Written]:
+        """Of the pulls that are over. Raises what the thread failed with."""
+        try:
+            os.eventfd_read(self._waker)
+        except BlockingIOError:
+            return []
+        results: list[Written] = []
+        while self._results:
+            result = self._results.popleft()
+            if isinstance(result, BaseException):
+                raise result
+            results.append(result)
+        return results
+
+    def detach(self, peer: WorkerRef) -> None:
+        """Unmaps the peer's pool, once what has begun is over."""
+        mapping = self._mappings.pop(peer, None)
+        if mapping is not None:
+            self._jobs.put((mapping, None))
+
+    def gone(self, now: float) -> list[WorkerRef]:
+        """The peers whose process has ended since the last call: they are to be detached."""
+        if not self._mappings or now < self._check_at:
+            return []
+        self._check_at = now + CHECK_S
+        return [peer for peer, mapping in self._mappings.items() if mapping.pool.owner_gone]
+
+    def close(self) -> None:
+        """Waits for the copy under way, and unmaps everything."""
+        for peer in list(self._mappings):
+            self.detach(peer)
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(_STUCK_AFTER_S)
+            assert not self._thread.is_alive(), "a copy hangs"
+        os.close(self._waker)
+
+    # the thread
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # noqa: BLE001 (raised again by the I/O thread)
+            self._say(error)
+
+    def _turn(self) -> bool:
+        """Does what waits, in order; False at the end."""
+        jobs = [self._jobs.get()]
+        while True:
+            try:
+                jobs.append(self._jobs.get_nowait())
+            except queue.Empty:
+                break
+        for job, same in groupby(jobs, key=_one_copy):
+            if job is None:
+                return False
+            mapping, pulling = job
+            if pulling:
+                self._copy(mapping, [pull for _, pull in same])  # type: ignore[misc]
+            else:
+                mapping.pool.close()
+        return True
+
+    def _copy(self, mapping: _Mapping, pulls: list[Pull]) -> None:
+        theirs = [block for pull in pulls for block in pull.theirs]
+        ours = [block for pull in pulls for block in pull.blocks]
+        mapping.pool.copy(theirs, ours)
+        for pull in pulls:
+            self._say(Written(pull.attempt, pull.first_block, self._counts(mapping, pull)))
+
+    def _counts(self, mapping: _Mapping, pull: Pull) -> bool:
+        """Whether what was copied is what was offered."""
+        if not mapping.pool.generations.are(pull.theirs, pull.generations):
+            log.info("%s: %s had taken its blocks back", pull.attempt, pull.peer)
+            return False
+        if not pull.checksums:
+            return True
+        found = tuple(xxhash.xxh3_64_intdigest(view) for view in self._pool.read(pull.blocks))
+        if found != pull.checksums:
+            log.warning("%s: a block came in damaged", pull.attempt)
+        return found == pull.checksums
+
+    def _say(self, result: Written | BaseException) -> None:
+        self._results.append(result)
+        os.eventfd_write(self._waker, 1)
+
+
+def _one_copy(job: tuple[_Mapping, Pull | None] | None) -> tuple[_Mapping, bool] | None:
+    """Jobs that follow each other and have the same of this are one."""
+    return None if job is None else (job[0], job[1] is not None)
