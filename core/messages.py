@@ -6,7 +6,7 @@ what is live, and what a beat does not list is over.
 
     worker -> router   Hello, WorkerBeat, Started, TokenBatch, TransferDone, AttemptFailed,
                        CacheEvents, Bye
-    router -> worker   Welcome, Refused, Place, Abort, RouterBeat, ResyncCache, Drain
+    router -> worker   Welcome, Refused, Place, Abort, RouterBeat, SetRole, ResyncCache, Drain
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Annotated, TypeAlias
 from pydantic import AfterValidator, ConfigDict, Field
 
 from .codec import Codec
+from .cost import StepCost
 from .ids import Attempt, Medium, Role, Task, WorkerRef
 from .params import SamplingParams, TokenId
 
@@ -34,6 +35,7 @@ Name = Annotated[str, Field(min_length=1, max_length=128)]
 Endpoint = Annotated[str, Field(max_length=256)]
 Sentence = Annotated[str, Field(max_length=4096)]
 Epoch = Annotated[int, Field(ge=0, lt=2**63)]
+Factor = Annotated[float, Field(ge=0, lt=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 ByteCount = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -141,6 +143,8 @@ class Hello:
     block_size: Annotated[int, Field(ge=1, le=1024)]
     max_context: Count
     max_batch: Count
+    chunk_tokens: Count = 0  # the most new prompt tokens in a step of its role
+    cost: StepCost | None = None  # as measured at the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,16 @@ class PeerLink:
 
 
 @dataclass(frozen=True, slots=True)
+class Duty:
+    """A worker's role as of now, and what one step of it may hold."""
+
+    __pydantic_config__ = _STRICT
+    role: Role
+    chunk_tokens: Count
+    max_batch: Count
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerBeat:
     __pydantic_config__ = _STRICT
     blocks: BlockCounts
@@ -160,6 +174,9 @@ class WorkerBeat:
     running: Count
     live: Annotated[tuple[Key, ...], Field(max_length=MAX_LIVE)]
     links: Annotated[tuple[PeerLink, ...], Field(max_length=MAX_LINKS)] = ()
+    duty: Duty | None = None
+    prefill_factor: Factor = 1.0  # how many times longer than measured at the start it takes now
+    decode_factor: Factor = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +298,15 @@ class RouterBeat:
 
 
 @dataclass(frozen=True, slots=True)
+class SetRole:
+    """The worker is to put another phase first. It finishes the prompts, or the answers, that
+    the new role has less room for, changes over, and says so in its beats."""
+
+    __pydantic_config__ = _STRICT
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class ResyncCache:
     """A message about the worker's blocks was lost: it is to name them all."""
 
@@ -297,9 +323,11 @@ class Drain:
 ToRouter: TypeAlias = (
     Hello | WorkerBeat | Started | TokenBatch | TransferDone | AttemptFailed | CacheEvents | Bye
 )
-ToWorker: TypeAlias = Welcome | Refused | Place | Abort | RouterBeat | ResyncCache | Drain
+ToWorker: TypeAlias = Welcome | Refused | Place | Abort | RouterBeat | SetRole | ResyncCache | Drain
 
 TO_ROUTER: Codec[ToRouter] = Codec(
     Hello, WorkerBeat, Started, TokenBatch, TransferDone, AttemptFailed, CacheEvents, Bye
 )
-TO_WORKER: Codec[ToWorker] = Codec(Welcome, Refused, Place, Abort, RouterBeat, ResyncCache, Drain)
+TO_WORKER: Codec[ToWorker] = Codec(
+    Welcome, Refused, Place, Abort, RouterBeat, SetRole, ResyncCache, Drain
+)

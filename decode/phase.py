@@ -73,6 +73,10 @@ class DecodePhase:
         self._running: list[Sequence] = []  # the oldest first
         self._places: dict[Attempt, Sequence] = {}
 
+    def resize(self, max_batch: int) -> None:
+        """Those that have a place keep it, though there be more of them."""
+        self._max_batch = max_batch
+
     def __iter__(self) -> Iterator[Sequence]:
         """All that is here, in any state."""
         for states in (self._placed, self._queue, self._receiving):
@@ -90,6 +94,11 @@ class DecodePhase:
     @property
     def num_free_places(self) -> int:
         return self._max_batch - len(self._places)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has a place in the batch, or asks for one."""
+        return not (self._placed or self._queue or self._places)
 
     @property
     def frees_blocks(self) -> bool:
@@ -126,7 +135,7 @@ class DecodePhase:
 
         ``make_room(num_blocks, id)`` may drop prompts of higher ids.
         """
-        if not self._queue or self.num_free_places == 0:
+        if not self._queue or self.num_free_places <= 0:
             return None
         seq = min(self._queue.values(), key=lambda waiting: waiting.attempt.request_id)
         num_blocks = self._cache.blocks_for(seq.num_tokens) + self.headroom(seq)
@@ -134,7 +143,7 @@ class DecodePhase:
         return self._reserve(seq)
 
     def _reserve(self, seq: Sequence) -> Reservation | None:
-        if self.num_free_places == 0:
+        if self.num_free_places <= 0:
             return None
         if not self._cache.claim(seq, self.headroom(seq), computed_here=False):
             return None

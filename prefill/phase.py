@@ -71,6 +71,11 @@ class PrefillPhase:
         return len(self._waiting)
 
     @property
+    def computes(self) -> bool:
+        """Whether any prompt is still to be computed."""
+        return bool(self._waiting or self._computing)
+
+    @property
     def urgent(self) -> bool:
         """Whether a prompt waits for blocks that comes before any new reservation."""
         return bool(self._waiting) and self._waiting[0].rank < Rank.NEW

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..core.config import PoolSection
+from ..core.config import PoolSection, PoolsSection
 from ..core.ids import Role
 from ..core.plan import EngineLimits
 
@@ -45,6 +46,21 @@ class Budget:
             chunk_tokens if pool.chunk_tokens == "auto" else pool.chunk_tokens,
             default.max_batch if pool.max_batch == "auto" else pool.max_batch,
             default.prompt_slots,
+        )
+
+    @staticmethod
+    def of_all(pools: PoolsSection, *, on_gpu: bool) -> dict[Role, Budget]:
+        """Of every role that a worker may be given."""
+        return {role: Budget.of(role, getattr(pools, role), on_gpu=on_gpu) for role in Role}
+
+    @staticmethod
+    def widest(budgets: Iterable[Budget]) -> Budget:
+        """What an engine must have room for, to take any of them."""
+        every = list(budgets)
+        return Budget(
+            max(one.chunk_tokens for one in every),
+            max(one.max_batch for one in every),
+            max(one.prompt_slots for one in every),
         )
 
     @property

@@ -8,18 +8,22 @@ told in ``lifecycle``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Listing
 
-from ..core.ids import Attempt, WorkerRef
+from ..core.cost import StepCost
+from ..core.ids import Attempt, Role, WorkerRef
 from ..core.messages import (
     Abort,
     BlockCounts,
     Bye,
     Drain,
+    Duty,
     Place,
     Refused,
     ResyncCache,
     RouterBeat,
+    SetRole,
     TokenBatch,
     TokenItem,
     ToWorker,
@@ -36,19 +40,24 @@ from .budget import Budget
 from .effects import Effect
 from .lifecycle import Lifecycle
 from .steps import Steps
+from .times import StepTimes
 
+FLIP_LIMIT_S = 10.0  # for what an old role has begun; then the new one goes beside it
 TICK_S = 0.25  # how often ``tick`` wants to be called, at the least
 
 
 class WorkerCore:
-    """One worker's decisions. ``salt`` keys its block hashes until the router says another.
+    """One worker's decisions. It begins in ``role`` and may be given another of ``budgets``.
 
-    ``memory_s`` must outlive the longest lease: so long an attempt that is over stays so.
+    ``cost`` is what its steps were measured to take. ``salt`` keys its block hashes until the
+    router says another. ``memory_s`` must outlive the longest lease: so long an attempt that
+    is over stays so.
     """
 
     def __init__(
         self,
-        budget: Budget,
+        role: Role,
+        budgets: Mapping[Role, Budget],
         limits: EngineLimits,
         layout: KvLayout,
         sender: Sender,
@@ -57,9 +66,13 @@ class WorkerCore:
         salt: bytes,
         prefix_cache: bool = True,
         memory_s: float = 120.0,
+        cost: StepCost | None = None,
     ) -> None:
         self._limits = limits
-        self._budget = budget.within(limits)
+        self._budgets = {one: budget.within(limits) for one, budget in budgets.items()}
+        self._role = role
+        self._next_role: tuple[Role, float] | None = None  # and when it was asked for
+        self._times = StepTimes(cost)
         self._sender = sender
         self._receiver = receiver
         self._steps = Steps(limits.max_slots)
@@ -88,6 +101,23 @@ class WorkerCore:
         return self._budget.max_batch
 
     @property
+    def chunk_tokens(self) -> int:
+        return self._budget.chunk_tokens
+
+    @property
+    def role(self) -> Role:
+        return self._role
+
+    @property
+    def hung_after_s(self) -> float:
+        """Without a result of the steps in flight for so long, something is wrong."""
+        return self._times.hung_after_s
+
+    @property
+    def _budget(self) -> Budget:
+        return self._budgets[self._role]
+
+    @property
     def blocks(self) -> BlockCounts:
         return self._life.cache.counts()
 
@@ -99,12 +129,16 @@ class WorkerCore:
     def beat(self) -> WorkerBeat:
         """For the router, every half second: an attempt that is not in it is not here."""
         life = self._life
+        prefill, decode = self._times.factors
         return WorkerBeat(
             blocks=self.blocks,
             waiting=life.prefill.num_waiting + life.decode.num_reserving,
             running=life.decode.num_running,
             live=life.attempts.live_keys(),
             links=self._sender.links(),
+            duty=Duty(self._role, self.chunk_tokens, self.max_batch),
+            prefill_factor=prefill,
+            decode_factor=decode,
         )
 
     # what comes in
@@ -122,6 +156,8 @@ class WorkerCore:
                 self._life.draining = True
             case Welcome(salt=salt):
                 self._life.tell_cache(salt)
+            case SetRole(role=role):
+                self._next_role = (role, now) if role is not self._role else None
             case ResyncCache():
                 self._life.tell_cache()
             case Refused():
@@ -184,8 +220,10 @@ class WorkerCore:
         running, preempted = life.decode.schedule(lambda: life.drop_for_growth(now))
         for seq in preempted:
             life.prefill.add(Prompt(seq, PromptKind.RECOMPUTE))
+        kv_tokens = 0
         for seq in running:
             steps.add(seq)
+            kv_tokens += seq.num_scheduled_tokens
         life.grant(now)
         chunks, dropped = life.prefill.schedule(
             min(self._budget.chunk_tokens, self._limits.max_step_tokens - steps.num_rows),
@@ -194,14 +232,20 @@ class WorkerCore:
             lambda prompt: life.started(prompt, now),
         )
         life.retract(dropped, now)
+        chunk_ms = 0.0
         for chunk in chunks:
             has_slot = steps.add(chunk.prompt.seq, chunk.num_tokens, chunk)
             assert has_slot, chunk
-        return steps.launch(), self._settled(now)
+            chunk_ms += self._times.chunk_ms(chunk.num_tokens, chunk.start)
+        plan = steps.launch()
+        if plan is not None:
+            self._times.launched(len(running), kv_tokens, chunk_ms, now)
+        return plan, self._settled(now)
 
     def complete(self, result: StepResult, now: float) -> list[Effect]:
         """The oldest launched step is done. Its tokens are told before anything else is."""
         life = self._life
+        self._times.completed(now)
         tokens = iter(result.tokens)
         items: list[TokenItem] = []
         for_peers: list[Chunk] = []
@@ -244,9 +288,24 @@ class WorkerCore:
     def _settled(self, now: float) -> list[Effect]:
         """The effects since the last call, with what the latest event made possible."""
         life = self._life
+        self._flip(now)
         life.grant(now)
         idle = not (life.attempts or len(self._steps) or life.retired)
         if life.draining and idle and not self._drained:
             self._drained = True
             life.tell(Bye())
         return life.take_effects()
+
+    def _flip(self, now: float) -> None:
+        """Takes on the role that was asked for, once what it has less room for is done."""
+        if self._next_role is None:
+            return
+        role, asked_at = self._next_role
+        life = self._life
+        busy = (role is Role.DECODE and life.prefill.computes) or (
+            role is Role.PREFILL and not life.decode.idle
+        )
+        if busy and now - asked_at < FLIP_LIMIT_S:
+            return
+        self._role, self._next_role = role, None
+        life.decode.resize(self.max_batch)

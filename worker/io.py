@@ -2,7 +2,7 @@
 
 The step thread hands it effects (``post``) and finds events in the inbox; the two share
 nothing else, so that a long step delays no heartbeat, and a slow peer no step. A worker
-whose step takes longer than ``hung_after`` falls silent on purpose: the router then takes
+whose step takes many times what it should falls silent on purpose: the router then takes
 it for dead, which is what its requests need.
 """
 
@@ -29,8 +29,6 @@ from .inbox import Inbox, RouterLost, RouterSaid, Stop
 from .link import LinkState, RouterLink
 
 log = logging.getLogger(__name__)
-
-HUNG_AFTER_S = 60.0  # a step of this length is none: the slowest CPU chunk takes a few seconds
 
 _MAX_EVENTS = 4096  # for the step thread, before sockets are left unread
 _MAX_POSTS = 1024  # of the step thread, not yet looked at
@@ -77,6 +75,7 @@ class IoThread(threading.Thread):
         self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()
         self._busy_since: float | None = None
+        self._hung_after_s = 0.0
         self._unsent: deque[ToRouter] = deque()
         self._num_given = 0  # messages of the router put into the inbox
         self._given: deque[tuple[int, Key]] = deque()  # placements among them, with their number
@@ -89,7 +88,9 @@ class IoThread(threading.Thread):
             self._posts.put(effects, timeout=_STUCK_AFTER_S)
             self._wake()
 
-    def step_begins(self) -> None:
+    def step_begins(self, hung_after_s: float) -> None:
+        """The steps in flight should not take so long without a result."""
+        self._hung_after_s = hung_after_s
         if self._busy_since is None:
             self._busy_since = self._clock()
 
@@ -204,7 +205,7 @@ class IoThread(threading.Thread):
                             self.inbox.put(written)
 
     def _tick(self, now: float) -> None:
-        hung = self._busy_since is not None and now - self._busy_since > HUNG_AFTER_S
+        hung = self._busy_since is not None and now - self._busy_since > self._hung_after_s
         due = self._link.tick(None if hung else self._beat(), now)
         if due.router_lost:
             log.warning("the router has been silent too long; its requests are dropped")

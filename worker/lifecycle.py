@@ -330,7 +330,7 @@ class Lifecycle:
             case PromptKind.RECOMPUTE:
                 return self.decode.headroom(prompt.seq)
             case PromptKind.LOCAL:
-                if self.decode.num_reserving or self.decode.num_free_places == 0:
+                if self.decode.num_reserving or self.decode.num_free_places <= 0:
                     return None
                 return self.decode.headroom(prompt.seq)
             case PromptKind.TRANSFER:

@@ -61,7 +61,7 @@ class StepLoop:
         plan, effects = self._core.plan(self._clock())
         self._post(effects)  # before the step: a prompt's start is news for its peer
         if plan is not None:
-            self._io.step_begins()
+            self._io.step_begins(self._core.hung_after_s)
             self._launched.append(self._engine.launch(plan))
         if not self._launched:
             return False

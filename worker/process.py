@@ -1,6 +1,6 @@
 """A worker process: one engine, and one life after another in front of it.
 
-    build the engine once (weights, KV pool)
+    build the engine once (weights, KV pool), measure what its steps take
     a life: a new epoch, sockets, core, I/O thread; hello, work, until
         drained or SIGTERM      said goodbye                     exit 0
         refused for good        another model                    StartupError
@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -23,6 +24,7 @@ from types import FrameType
 from ..core.card import ModelCard
 from ..core.clock import monotonic
 from ..core.config import Auto, Deployment, EngineKind, Switch, parse_size
+from ..core.cost import StepCost
 from ..core.errors import ConfigError, OutOfMemory, StartupError
 from ..core.ids import Medium, Role, WorkerRef, new_epoch
 from ..core.keys import Keys, require_safe_bind
@@ -41,6 +43,7 @@ from .inbox import Inbox, Stop
 from .io import IoThread, Status
 from .link import LinkTiming, RouterLink
 from .loop import StepLoop
+from .warmup import CPU_LIMIT_S, LIMIT_S, measure
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +86,11 @@ def run(deployment: Deployment, card: ModelCard, post: Post) -> int:
     )
     stopper = _Stopper()
     sweep(_UNMAP_PATIENCE_S)
-    engine, budget = _engine(deployment, card, post)
+    engine, budgets, limit_s = _engine(deployment, card, post)
     try:
+        cost = measure(engine, budgets[post.role].within(engine.limits), monotonic, limit_s)
         while not stopper.stopped:
-            refusal = _Life(deployment, card, post, wiring, engine, budget).run(stopper)
+            refusal = _Life(deployment, card, post, wiring, engine, budgets, cost).run(stopper)
             if refusal is None:
                 break
             if not refusal.rejoin:
@@ -123,7 +127,8 @@ class _Life:
         post: Post,
         wiring: _Wiring,
         engine: Engine,
-        budget: Budget,
+        budgets: Mapping[Role, Budget],
+        cost: StepCost,
     ) -> None:
         layout = engine.kv.layout
         self._epoch = new_epoch()
@@ -139,13 +144,15 @@ class _Life:
             layout.block_size, layout.block_bytes, lease_s=deployment.kv_transfer.lease_s
         )
         self._core = WorkerCore(
-            budget,
+            post.role,
+            budgets,
             engine.limits,
             layout,
             Sender(settings, handshake, engine.kv.generations),
             Receiver(settings),
             salt=secrets.token_bytes(16),  # hashes are compared within one pool only
             prefix_cache=deployment.kv.prefix_cache,
+            cost=cost,
         )
         kv = KvSockets(
             handshake,
@@ -165,6 +172,8 @@ class _Life:
             block_size=layout.block_size,
             max_context=self._core.max_context,
             max_batch=self._core.max_batch,
+            chunk_tokens=self._core.chunk_tokens,
+            cost=cost,
         )
         self._link = RouterLink(hello, LinkTiming(), monotonic())
         self._io = IoThread(
@@ -204,12 +213,15 @@ def media_of(pool: KvPool, wanted: Medium | Auto) -> tuple[Medium, ...]:
     return (wanted,)
 
 
-def _engine(deployment: Deployment, card: ModelCard, post: Post) -> tuple[Engine, Budget]:
-    pool = getattr(deployment.pools, post.role.value)
+def _engine(
+    deployment: Deployment, card: ModelCard, post: Post
+) -> tuple[Engine, dict[Role, Budget], float]:
+    """The engine, what it may be asked for in each role, and how long to measure it."""
     if deployment.engine is EngineKind.SIMULATED:
         from ..simulation.engine import SimulatedEngine, SimulatedModel
 
-        budget = Budget.of(post.role, pool, on_gpu=False)
+        budgets = Budget.of_all(deployment.pools, on_gpu=False)
+        widest = Budget.widest(budgets.values())
         model = SimulatedModel(card.vocab_size, card.eos_token_ids)
         medium = deployment.kv_transfer.medium
         build = partial(
@@ -217,32 +229,34 @@ def _engine(deployment: Deployment, card: ModelCard, post: Post) -> tuple[Engine
             model,
             num_blocks=_simulated_blocks(deployment, model.token_bytes),
             block_size=deployment.kv.block_size,
-            max_slots=budget.num_slots,
+            max_slots=widest.num_slots,
             max_context=card.max_context,
-            max_step_tokens=budget.max_step_tokens,
+            max_step_tokens=widest.max_step_tokens,
         )
         try:
-            return build(shared=medium in ("auto", Medium.SHM)), budget
+            return build(shared=medium in ("auto", Medium.SHM)), budgets, LIMIT_S
         except OutOfMemory as error:
             if medium != "auto":
                 raise
             log.warning("KV blocks will be sent, not shared: %s", error)
-            return build(shared=False), budget
+            return build(shared=False), budgets, LIMIT_S
     from ..engine.build import build_engine
     from ..engine.device import resolve_device
 
     device = resolve_device(post.device)
-    budget = Budget.of(post.role, pool, on_gpu=device.type != "cpu")
+    on_gpu = device.type != "cpu"
+    budgets = Budget.of_all(deployment.pools, on_gpu=on_gpu)
+    widest = Budget.widest(budgets.values())
     engine = build_engine(
         card,
         deployment,
         device=device,
         memory_share=post.memory_share,
         num_threads=post.num_threads,
-        max_slots=budget.num_slots,
-        max_step_tokens=budget.max_step_tokens,
+        max_slots=widest.num_slots,
+        max_step_tokens=widest.max_step_tokens,
     )
-    return engine, budget
+    return engine, budgets, LIMIT_S if on_gpu else CPU_LIMIT_S
 
 
 def _simulated_blocks(deployment: Deployment, token_bytes: int) -> int:

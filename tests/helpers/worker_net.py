@@ -11,10 +11,10 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from pdserve.core.ids import Attempt, Medium, Task, WorkerRef
+from pdserve.core.ids import Attempt, Medium, Role, Task, WorkerRef
 from pdserve.core.messages import (
     Abort,
     AttemptFailed,
@@ -67,7 +67,13 @@ class Worker:
     """A core, its engine, and the queues of its I/O thread."""
 
     def __init__(
-        self, name: str, shape: Shape, model: SimulatedModel = MODEL, epoch: int = 1
+        self,
+        name: str,
+        shape: Shape,
+        model: SimulatedModel = MODEL,
+        epoch: int = 1,
+        *,
+        decode_chunk: int | None = None,  # as a decode worker; the shape's else
     ) -> None:
         self.name = name
         self.shape = shape
@@ -96,8 +102,11 @@ class Worker:
             offer_window_bytes=8 * layout.block_bytes,
             offer_bytes=3 * layout.block_bytes,
         )
+        budget = Budget(shape.chunk_tokens, shape.max_batch, 4, shape.growth_tokens)
         self.core = WorkerCore(
-            Budget(shape.chunk_tokens, shape.max_batch, 4, shape.growth_tokens),
+            Role.MIXED,
+            dict.fromkeys(Role, budget)
+            | {Role.DECODE: replace(budget, chunk_tokens=decode_chunk or shape.chunk_tokens)},
             self.engine.limits,
             layout,
             Sender(settings, self.handshake, self.engine.kv.generations),

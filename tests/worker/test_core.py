@@ -9,7 +9,7 @@ import pytest
 from worker_net import MODEL, Shape, Worker, run_alone
 
 from pdserve.cache.hashing import BlockHasher
-from pdserve.core.ids import Task
+from pdserve.core.ids import Role, Task
 from pdserve.core.messages import (
     Abort,
     AttemptFailed,
@@ -23,6 +23,7 @@ from pdserve.core.messages import (
     Place,
     ResyncCache,
     RouterBeat,
+    SetRole,
     Started,
     TokenBatch,
     TokenItem,
@@ -30,6 +31,7 @@ from pdserve.core.messages import (
 )
 from pdserve.core.params import SamplingParams
 from pdserve.core.plan import StepPlan
+from pdserve.worker.core import FLIP_LIMIT_S
 from pdserve.worker.effects import Tell
 
 PROMPT = (2, 3, 4, 5, 6, 7, 8)
@@ -461,6 +463,51 @@ def test_growth_kept_free_at_the_door_spares_preemption() -> None:
     assert max(running) == 2  # 7 blocks each at the end
     assert len(worker.tokens()) == 80
     assert_empty(worker)
+
+
+def duty(worker: Worker) -> tuple[Role, int]:
+    told = worker.core.beat().duty
+    assert told is not None
+    return told.role, told.chunk_tokens
+
+
+def test_a_role_is_taken_on_at_once_where_nothing_is_in_its_way() -> None:
+    worker = Worker("w", Shape(), decode_chunk=2)
+    assert duty(worker) == (Role.MIXED, 6)
+    give(worker, SetRole(Role.DECODE))
+    assert duty(worker) == (Role.DECODE, 2)
+    give(worker, SetRole(Role.PREFILL), whole())
+    assert duty(worker) == (Role.PREFILL, 6)
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_a_role_waits_for_the_phase_it_has_less_room_for(role: Role) -> None:
+    worker = Worker("w", Shape(chunk_tokens=3), decode_chunk=2)
+    place = whole()
+    give(worker, place)
+    step(worker)
+    give(worker, SetRole(role))
+    roles = [duty(worker)[0]]
+    while step(worker) is not None:
+        roles.append(duty(worker)[0])
+    num_chunks = -(-len(place.prompt) // 3)  # one is done
+    num_waiting = num_chunks - 1 if role is Role.DECODE else len(roles) - 1
+    assert roles == [Role.MIXED] * num_waiting + [role] * (len(roles) - num_waiting)
+    assert worker.tokens() == expected(place)
+
+
+def test_a_role_does_not_wait_for_ever() -> None:
+    worker = Worker("w", Shape(), decode_chunk=2)
+    give(worker, whole())
+    step(worker)
+    step(worker)
+    give(worker, SetRole(Role.PREFILL))
+    worker.core.tick(FLIP_LIMIT_S - 0.1)
+    assert duty(worker)[0] is Role.MIXED
+    worker.core.tick(FLIP_LIMIT_S)
+    assert duty(worker)[0] is Role.PREFILL
+    run_alone(worker, [])
+    assert worker.tokens() == expected(whole())
 
 
 def test_the_beat_counts_what_waits_and_what_runs() -> None:
