@@ -83,7 +83,8 @@ class Sampler:
                     column(np.int64, lambda row: row.choice),
                     rows.total_lens - prompt_lens,
                 )
-            )
+            ),
+            has_cuts=any(row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in params),
         )
 
     def _history(self, rows: SampledRows) -> TokenHistory:

@@ -81,9 +81,13 @@ class DecodeWorkspace:
 
 
 def decode_attention(
-    q: Tensor, kv_layer: Tensor, scale: float, workspace: DecodeWorkspace
+    q: Tensor,
+    kv_layer: Tensor,
+    scale: float,
+    workspace: DecodeWorkspace,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Returns ``[B, Hq, D]``, dense; zeros where the context is empty.
+    """Returns ``[B, Hq, D]``, dense, into ``out`` where given; zeros where the context is empty.
 
     - ``q[B, Hq, D]``: any strides, the last dimension dense.
     - ``kv_layer[num_blocks, 2, Hkv, block_size, D]``: one layer of the pool, any strides
@@ -94,10 +98,12 @@ def decode_attention(
     if workspace.split is not None:
         from .gpu.decode_attention import decode_attention as launch
 
-        return launch(q, kv_layer, scale, workspace.split)
+        return launch(q, kv_layer, scale, workspace.split, out)
     if workspace.paged is not None:
-        return cpu_step.decode_attention(q, kv_layer, *workspace.paged, scale)
-    return decode_attention_reference(q, kv_layer, scale, workspace.groups)
+        found = cpu_step.decode_attention(q, kv_layer, *workspace.paged, scale)
+    else:
+        found = decode_attention_reference(q, kv_layer, scale, workspace.groups)
+    return found if out is None else out.copy_(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,9 +47,15 @@ class PrefillBatch:
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_layer: Tensor, scale: float, batch: PrefillBatch
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_layer: Tensor,
+    scale: float,
+    batch: PrefillBatch,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Returns ``[T, Hq, D]``, dense.
+    """Returns ``[T, Hq, D]``, dense, into ``out`` where given.
 
     - ``q[T, Hq, D]``, ``k, v[T, Hkv, D]``: the rows' new tokens, one row after the other; any
       strides, the last dimension dense.
@@ -59,8 +65,9 @@ def prefill_attention(
     if q.is_cuda:
         from .gpu.prefill_attention import prefill_attention as launch
 
-        return launch(q, k, v, kv_layer, scale, batch)
-    return prefill_attention_reference(q, k, v, kv_layer, scale, batch)
+        return launch(q, k, v, kv_layer, scale, batch, out)
+    found = prefill_attention_reference(q, k, v, kv_layer, scale, batch)
+    return found if out is None else out.copy_(found)
 
 
 def prefill_attention_reference(

@@ -19,7 +19,8 @@ def rms_norm(
     """Returns ``(normed[T, H], residual_out[T, H])``.
 
     ``x[T, H]``; ``weight[H]``; with ``residual[T, H]`` the sum ``x + residual`` is what is
-    normalised and handed on as ``residual_out``, else ``residual_out`` is ``x`` itself.
+    normalised and handed on as ``residual_out``, else ``residual_out`` is ``x`` itself. With a
+    residual ``x`` may be the parts of a sum, ``[S, T, H]`` fp32: see ``linear.linear_parts``.
     """
     if x.is_cuda:
         from .gpu.rms_norm import rms_norm as launch

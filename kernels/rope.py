@@ -31,7 +31,8 @@ def rope_and_cache(
 
     Returns the views ``(q[T, Hq, D], k[T, Hkv, D], v[T, Hkv, D])`` of ``qkv``.
 
-    - ``qkv[T, (Hq + 2 Hkv) * D]``: the merged projection, q then k then v.
+    - ``qkv[T, (Hq + 2 Hkv) * D]``: the merged projection, q then k then v; or the parts of that
+      sum, ``[S, T, ...]`` fp32 (see ``linear.linear_parts``): then what is returned is new.
     - ``cos, sin[max_position, rot / 2]`` in fp32; ``rot <= D``, the rest passes through.
     - ``positions[T]``: int32 or int64.
     - ``slot_mapping[T]`` int64: ``block * block_size + offset``; negative = padding row,

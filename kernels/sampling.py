@@ -16,7 +16,7 @@ So a cut is a search for a number, and needs no sort.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ CANDIDATES = 256
 class RowParams:
     """Sampling parameters, one entry a row; meanings as in ``core.params.SamplingParams``.
 
-    ``position`` is the index in the output of the token to be drawn.
+    ``position`` is the index in the output of the token to be drawn; ``has_cuts`` is False only
+    where no row has a top-k, top-p or min-p.
     """
 
     temperature: Tensor  # [B] fp32
@@ -43,6 +44,7 @@ class RowParams:
     seed: Tensor  # [B] int64
     choice: Tensor  # [B] int64
     position: Tensor  # [B] int64
+    has_cuts: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,10 @@ def sample(
     if params is None:
         if bias is not None:
             logits = add_bias(logits.float(), bias)
+        if logits.is_cuda:
+            from .gpu.sampling import arg_max
+
+            return arg_max(logits)
         return logits.argmax(dim=-1)
     if logits.is_cuda:
         from .gpu.sampling import sample as launch

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import await_previous, overlap
+
 _LOG2_E = 1.4426950408889634
 _FEW_ROWS = 8
 
@@ -77,7 +79,9 @@ class SplitWorkspace:
             self.wanted_pieces,
             BATCH=triton.next_power_of_2(batch),
             BLOCK_N=self.tuning.block_n,
+            OVERLAP=overlap(),
             num_warps=4,
+            launch_pdl=overlap(),
         )
 
 
@@ -91,7 +95,9 @@ def _plan_kernel(
     wanted_pieces,
     BATCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     row = tl.arange(0, BATCH)
     inside = row < batch
     lens = tl.load(lens_ptr + row, mask=inside, other=0)
@@ -136,8 +142,10 @@ def _pieces_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     if item < tl.load(first_ptr + batch):
@@ -200,7 +208,9 @@ def _sum_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_previous(OVERLAP)
     row = tl.program_id(0)
     head = tl.program_id(1)
     first = tl.load(first_ptr + row)
@@ -233,7 +243,11 @@ def _sum_kernel(
 
 
 def decode_attention(
-    q: Tensor, kv_layer: Tensor, scale: float, workspace: SplitWorkspace
+    q: Tensor,
+    kv_layer: Tensor,
+    scale: float,
+    workspace: SplitWorkspace,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.decode_attention.decode_attention``.
 
@@ -243,7 +257,9 @@ def decode_attention(
     _, _, num_kv_heads, block_size, _ = kv_layer.shape
     assert kv_layer.stride(4) == 1
     assert q.stride(2) == 1
-    out = torch.empty((batch, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((batch, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
+    assert out.is_contiguous()
     group = num_q_heads // num_kv_heads
     tuning = workspace.tuning
     block_d = triton.next_power_of_2(head_dim)
@@ -274,9 +290,11 @@ def decode_attention(
         BLOCK_G=max(triton.next_power_of_2(group), 16),
         BLOCK_D=block_d,
         BLOCK_N=tuning.block_n,
+        OVERLAP=overlap(),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        launch_pdl=overlap(),
     )
     # Few rows have many pieces each: then smaller stretches of a head, and more pieces at once.
     few = batch <= _FEW_ROWS
@@ -290,6 +308,8 @@ def decode_attention(
         HEAD_DIM=head_dim,
         BLOCK_D=sum_d,
         TILE=128 if few else 16,
+        OVERLAP=overlap(),
         num_warps=4 if few else 2,
+        launch_pdl=overlap(),
     )
     return out

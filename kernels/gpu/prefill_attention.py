@@ -19,8 +19,8 @@ from ..prefill_attention import PrefillBatch
 from .gather_contexts import gather_contexts
 from .ragged_attention import dense_attention, paged_attention
 
-_MIN_CUDNN_TOKENS = 4096
-_MAX_GATHERED = 16  # tokens of context for each new one
+_MIN_CUDNN_TOKENS = 2048
+_MAX_GATHERED = 64  # tokens of context for each new one
 
 
 class PrefillPath(Enum):
@@ -45,22 +45,32 @@ def choose(batch: PrefillBatch, dtype: torch.dtype, head_dim: int) -> PrefillPat
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_layer: Tensor, scale: float, batch: PrefillBatch
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_layer: Tensor,
+    scale: float,
+    batch: PrefillBatch,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.prefill_attention.prefill_attention``."""
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    assert out.is_contiguous()
     match choose(batch, q.dtype, q.shape[2]):
         case PrefillPath.CUDNN:
-            return cudnn_attention(q, k, v, scale)
+            return out.copy_(cudnn_attention(q, k, v, scale))
         case PrefillPath.DENSE:
-            return dense_attention(q, k, v, scale, batch)
+            return dense_attention(q, k, v, scale, batch, out=out)
         case PrefillPath.GATHERED:
-            return dense_attention(q, *gather_contexts(kv_layer, batch), scale, batch)
+            return dense_attention(q, *gather_contexts(kv_layer, batch), scale, batch, out=out)
         case PrefillPath.PAGED:
-            return paged_attention(q, kv_layer, scale, batch)
+            return paged_attention(q, kv_layer, scale, batch, out=out)
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One prompt without a prefix: ``q[n, Hq, D]`` over ``k, v[n, Hkv, D]`` -> ``[n, Hq, D]``."""
+    """One prompt without a prefix: ``q[n, Hq, D]`` over ``k, v[n, Hkv, D]`` -> ``[n, Hq, D]``,
+    laid out as cuDNN likes."""
     result = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
@@ -73,4 +83,4 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         scale=scale,
     )
     out: Tensor = result[0]  # [1, Hq, n, D], laid out as q is
-    return out[0].transpose(0, 1).contiguous()
+    return out[0].transpose(0, 1)

@@ -248,6 +248,7 @@ def paged_attention(
     scale: float,
     batch: PrefillBatch,
     *,
+    out: Tensor | None = None,
     tuning: RaggedTuning | None = None,
 ) -> Tensor:
     """``q[T, Hq, D]`` over the pool's blocks -> ``[T, Hq, D]``."""
@@ -263,6 +264,7 @@ def paged_attention(
         kv_layer.shape[3],
         scale,
         batch,
+        out,
         tuning or RaggedTuning.suited(q.shape[2], q.dtype, paged=True),
     )
 
@@ -274,6 +276,7 @@ def dense_attention(
     scale: float,
     batch: PrefillBatch,
     *,
+    out: Tensor | None = None,
     tuning: RaggedTuning | None = None,
 ) -> Tensor:
     """``q[T, Hq, D]`` over ``k, v[sum of context_lens, Hkv, D]`` -> ``[T, Hq, D]``.
@@ -292,7 +295,7 @@ def dense_attention(
         )
         for dense in (k, v)
     ]
-    return _launch(q, sources[0], sources[1], num_kv_heads, 0, 0, 0, 1, scale, batch, tuning)
+    return _launch(q, sources[0], sources[1], num_kv_heads, 0, 0, 0, 1, scale, batch, out, tuning)
 
 
 def _launch(
@@ -306,12 +309,14 @@ def _launch(
     block_size: int,
     scale: float,
     batch: PrefillBatch,
+    out: Tensor | None,
     tuning: RaggedTuning,
 ) -> Tensor:
     """Grid: (tiles of the longest row, Hkv, B)."""
     _, num_q_heads, head_dim = q.shape
     assert q.stride(2) == 1
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = num_q_heads // num_kv_heads
     rows = len(batch.new_lens)
     _ragged_kernel[(triton.cdiv(max(batch.new_lens) * group, tuning.block_m), num_kv_heads, rows)](

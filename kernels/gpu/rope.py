@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..rope import split_heads
+from .overlap import await_previous, overlap
+from .rms_norm import add_parts
 
 _HEADS = 8
 
 
 @triton.jit
 def _rope_kernel(
+    source_ptr,
     qkv_ptr,
     cos_ptr,
     sin_ptr,
@@ -22,6 +26,8 @@ def _rope_kernel(
     q_weight_ptr,
     k_weight_ptr,
     eps,
+    part_stride,
+    source_stride,
     qkv_stride,
     angle_stride,
     kv_stride_block,
@@ -38,6 +44,9 @@ def _rope_kernel(
     HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    PARTS: tl.constexpr,
+    COPIED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     # A head is [first half | second half | rest]; the rest is what a partial rotation leaves.
     token = tl.program_id(0).to(tl.int64)
@@ -50,12 +59,20 @@ def _rope_kernel(
     half_mask = inside[:, None] & (half < HALF)[None, :]
     rest_mask = inside[:, None] & (rest < HEAD_DIM)[None, :]
 
-    row = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM
-    first = tl.load(row + half[None, :], mask=half_mask, other=0.0).to(tl.float32)
-    second = tl.load(row + HALF + half[None, :], mask=half_mask, other=0.0).to(tl.float32)
-    other = tl.load(row + rest[None, :], mask=rest_mask, other=0.0).to(tl.float32)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    angle = position * angle_stride + half
+    cos = tl.load(cos_ptr + angle, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + angle, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
+    slot = tl.load(slots_ptr + token)
 
+    await_previous(OVERLAP)
     dtype = qkv_ptr.dtype.element_ty
+    row = source_ptr + token * source_stride + head[:, None] * HEAD_DIM
+    first = add_parts(row + half[None, :], half_mask, part_stride, PARTS, dtype).to(tl.float32)
+    second = add_parts(row + HALF + half[None, :], half_mask, part_stride, PARTS, dtype)
+    second = second.to(tl.float32)
+    other = add_parts(row + rest[None, :], rest_mask, part_stride, PARTS, dtype).to(tl.float32)
+
     if Q_NORM or K_NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(other * other, 1)
         inverse = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
@@ -79,19 +96,16 @@ def _rope_kernel(
             other, inverse, q_weight_ptr, k_weight_ptr, rest, HEAD_DIM, is_q, normed, dtype
         )
 
-    position = tl.load(positions_ptr + token).to(tl.int64)
-    angle = position * angle_stride + half
-    cos = tl.load(cos_ptr + angle, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + angle, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
     turned = rotated[:, None]
     new_first = tl.where(turned, first * cos - second * sin, first).to(dtype)
     new_second = tl.where(turned, second * cos + first * sin, second).to(dtype)
     other = other.to(dtype)
-    tl.store(row + half[None, :], new_first, mask=half_mask & turned)
-    tl.store(row + HALF + half[None, :], new_second, mask=half_mask & turned)
-    tl.store(row + rest[None, :], other, mask=rest_mask & turned)
+    stored = turned | COPIED
+    row = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM
+    tl.store(row + half[None, :], new_first, mask=half_mask & stored)
+    tl.store(row + HALF + half[None, :], new_second, mask=half_mask & stored)
+    tl.store(row + rest[None, :], other, mask=rest_mask & stored)
 
-    slot = tl.load(slots_ptr + token)
     if slot >= 0:
         cached = (inside & (head >= NUM_Q))[:, None]
         is_v = head >= NUM_Q + NUM_KV
@@ -137,9 +151,14 @@ def rope_and_cache(
     half = cos.shape[1]
     assert kv_layer.stride(4) == 1
     assert cos.stride() == sin.stride()
+    source, parts = qkv, 1
+    if source.dim() == 3:
+        parts = source.shape[0]
+        qkv = torch.empty(source.shape[1:], dtype=kv_layer.dtype, device=source.device)
     if qkv.shape[0]:
         grid = (qkv.shape[0], triton.cdiv(num_q_heads + 2 * num_kv_heads, _HEADS))
         _rope_kernel[grid](
+            source,
             qkv,
             cos,
             sin,
@@ -150,6 +169,8 @@ def rope_and_cache(
             q_norm_weight if q_norm_weight is not None else k_norm_weight,
             k_norm_weight if k_norm_weight is not None else q_norm_weight,
             eps,
+            source.stride(0),
+            source.stride(-2),
             qkv.stride(0),
             cos.stride(0),
             kv_layer.stride(0),
@@ -166,6 +187,10 @@ def rope_and_cache(
             HEADS=_HEADS,
             BLOCK_HALF=triton.next_power_of_2(half),
             BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
+            PARTS=parts,
+            COPIED=source is not qkv,
+            OVERLAP=overlap(),
             num_warps=4,
+            launch_pdl=overlap(),
         )
     return split_heads(qkv, num_q_heads, head_dim)

@@ -1,10 +1,13 @@
-"""Sampling without a sort: one program a row, a few passes over its logits.
+"""Sampling without a sort: thresholds by bisection, then the best of the noisy logits.
 
-Two launches where a row has penalties (count the tokens, then apply), and one for the draw.
-The cuts need thresholds only, found by bisection: each pass over the row halves the range of
-values and then moves its ends to values that occur, so that it ends on the exact one. The
-sums are of non-negative numbers in a fixed order, hence monotone in the threshold and equal
-for a row whatever else is in the batch.
+    penalties    two launches, where a row has some: count the tokens, then apply
+    cuts         one, where a row has some: a program a row finds the value below which nothing
+                 is drawn
+    draw         two: many programs a row find the best of their stretch, then one the best
+
+Each pass of a bisection halves the range of values and then moves its ends to values that
+occur, so that it ends on the exact one. The sums are of non-negative numbers in a fixed order,
+hence monotone in the threshold and equal for a row whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from ..noise import (
 from ..sampling import LogitBias, RowParams, TokenHistory, add_bias
 
 _BLOCK = 4096
+_CUT_BLOCK = 8192
 _HISTORY_BLOCK = 1024
 _IN_PROMPT = tl.constexpr(1 << 30)  # flag in a count: the token is in the prompt
 
@@ -122,8 +126,9 @@ def gumbel(key, index):
 
 @triton.jit
 def _threshold(
-    scaled_ptr,
+    logits_ptr,
     vocab,
+    divisor,
     peak,
     lowest,
     wanted,
@@ -142,125 +147,189 @@ def _threshold(
     while searching:
         middle = low + (high - low) * 0.5
         middle = tl.where(middle < high, middle, low)  # low and high may be neighbours
-        above = 0.0
-        next_above = high
-        next_below = low
+        above = tl.zeros([BLOCK], tl.float32)
+        next_above = tl.full([BLOCK], float("inf"), tl.float32)
+        next_below = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in tl.range(0, vocab, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            value = tl.load(scaled_ptr + at, mask=at < vocab, other=float("-inf"))
-            over = value > middle
+            value = _scaled(logits_ptr, start + tl.arange(0, BLOCK), vocab, divisor)
+            over = (value > middle) & (value >= lowest)
             weight = 1.0 if COUNTING else tl.exp(value - peak)
-            kept = value >= lowest
-            above += tl.sum(tl.where(over & kept, weight, 0.0), axis=0)
-            next_above = tl.minimum(next_above, tl.min(tl.where(over & kept, value, high), axis=0))
-            under = kept & (value <= middle)
-            next_below = tl.maximum(next_below, tl.max(tl.where(under, value, low), axis=0))
-        less = above < wanted
-        searching = less | (next_above < high)
-        high = tl.where(less, next_below, high)
+            above += tl.where(over, weight, 0.0)
+            next_above = tl.minimum(next_above, tl.where(over, value, float("inf")))
+            under = (value >= lowest) & (value <= middle)
+            next_below = tl.maximum(next_below, tl.where(under, value, float("-inf")))
+        less = tl.sum(above, axis=0) < wanted
+        least_above = tl.minimum(tl.min(next_above, axis=0), high)
+        most_below = tl.maximum(tl.max(next_below, axis=0), low)
+        searching = less | (least_above < high)
+        high = tl.where(less, most_below, high)
         low = tl.where(less, low, middle)
         searching = searching & (low < high)
     return high
 
 
 @triton.jit
-def _sample_kernel(
+def _scaled(logits_ptr, at, vocab, divisor):
+    """The logits over the temperature, in fp32; nothing past the vocabulary."""
+    logit = tl.load(logits_ptr + at, mask=at < vocab, other=float("-inf"))
+    return logit.to(tl.float32) / divisor
+
+
+@triton.jit
+def _cut_kernel(
     logits_ptr,
-    scaled_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
-    seed_ptr,
-    choice_ptr,
-    position_ptr,
-    token_ptr,
+    threshold_ptr,
     logits_stride,
     vocab,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
     temperature = tl.load(temperature_ptr + row)
-    divisor = tl.where(temperature > 0, temperature, 1.0)
-    scaled_ptr += row * vocab
-    peak = float("-inf")
-    lowest = float("inf")
-    best = 0
-    for start in tl.range(0, vocab, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        logit = tl.load(
-            logits_ptr + row * logits_stride + at, mask=at < vocab, other=float("-inf")
-        ).to(tl.float32)
-        value = logit / divisor
-        tl.store(scaled_ptr + at, value, mask=at < vocab)
-        here, where = tl.max(value, axis=0, return_indices=True)
-        best = tl.where(here > peak, start + where, best)
-        peak = tl.maximum(peak, here)
-        finite = tl.where(value == float("-inf"), float("inf"), value)
-        lowest = tl.minimum(lowest, tl.min(finite, axis=0))
-    tl.debug_barrier()
-
-    if temperature > 0:
-        threshold = lowest
-        top_k = tl.load(top_k_ptr + row)
-        if (top_k > 0) & (top_k < vocab):
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    threshold = float("-inf")
+    counted = (top_k > 0) & (top_k < vocab)
+    if (temperature > 0) & (counted | (top_p < 1) | (min_p > 0)):
+        peaks = tl.full([BLOCK], float("-inf"), tl.float32)
+        lows = tl.full([BLOCK], float("inf"), tl.float32)
+        for start in tl.range(0, vocab, BLOCK):
+            value = _scaled(logits_ptr, start + tl.arange(0, BLOCK), vocab, temperature)
+            peaks = tl.maximum(peaks, value)
+            lows = tl.minimum(lows, tl.where(value == float("-inf"), float("inf"), value))
+        peak = tl.max(peaks, axis=0)
+        threshold = tl.min(lows, axis=0)
+        if counted:
+            wanted = top_k.to(tl.float32)
             threshold = _threshold(
-                scaled_ptr, vocab, peak, lowest, top_k.to(tl.float32), True, BLOCK
+                logits_ptr, vocab, temperature, peak, threshold, wanted, True, BLOCK
             )
-        top_p = tl.load(top_p_ptr + row)
         if top_p < 1:
-            mass = 0.0
+            masses = tl.zeros([BLOCK], tl.float32)
             for start in tl.range(0, vocab, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                value = tl.load(scaled_ptr + at, mask=at < vocab, other=float("-inf"))
-                mass += tl.sum(tl.where(value >= threshold, tl.exp(value - peak), 0.0), axis=0)
-            threshold = _threshold(scaled_ptr, vocab, peak, threshold, top_p * mass, False, BLOCK)
-        min_p = tl.load(min_p_ptr + row)
+                value = _scaled(logits_ptr, start + tl.arange(0, BLOCK), vocab, temperature)
+                masses += tl.where(value >= threshold, tl.exp(value - peak), 0.0)
+            wanted = top_p * tl.sum(masses, axis=0)
+            threshold = _threshold(
+                logits_ptr, vocab, temperature, peak, threshold, wanted, False, BLOCK
+            )
         if min_p > 0:
             threshold = tl.maximum(threshold, peak + tl.log(min_p))
+    tl.store(threshold_ptr + row, threshold)
 
-        key = noise_key(
-            tl.load(seed_ptr + row), tl.load(choice_ptr + row), tl.load(position_ptr + row)
-        )
-        winner = float("-inf")
-        for start in tl.range(0, vocab, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            value = tl.load(scaled_ptr + at, mask=at < vocab, other=float("-inf"))
-            noisy = tl.where(value >= threshold, value + gumbel(key, at), float("-inf"))
-            here, where = tl.max(noisy, axis=0, return_indices=True)
-            best = tl.where(here > winner, start + where, best)
-            winner = tl.maximum(winner, here)
-    tl.store(token_ptr + row, best)
+
+@triton.jit
+def _stretch_kernel(
+    logits_ptr,
+    temperature_ptr,
+    threshold_ptr,
+    seed_ptr,
+    choice_ptr,
+    position_ptr,
+    best_ptr,
+    token_ptr,
+    logits_stride,
+    vocab,
+    BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr,
+    CUT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    logits_ptr += row * logits_stride
+    noisy = _scaled(logits_ptr, at, vocab, 1.0)
+    if not GREEDY:
+        temperature = tl.load(temperature_ptr + row)
+        if temperature > 0:
+            key = noise_key(
+                tl.load(seed_ptr + row), tl.load(choice_ptr + row), tl.load(position_ptr + row)
+            )
+            value = noisy / temperature
+            noisy = value + gumbel(key, at)
+            if CUT:
+                noisy = tl.where(value >= tl.load(threshold_ptr + row), noisy, float("-inf"))
+    best, where = tl.max(noisy, axis=0, return_indices=True)
+    out = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(best_ptr + out, best)
+    tl.store(token_ptr + out, start + where)
+
+
+@triton.jit
+def _best_kernel(best_ptr, token_ptr, out_ptr, stretches, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    best = tl.load(best_ptr + row * stretches + at, mask=at < stretches, other=float("-inf"))
+    _, where = tl.max(best, axis=0, return_indices=True)
+    token = tl.load(token_ptr + row * stretches + where)
+    tl.store(out_ptr + row, token.to(tl.int64))
 
 
 def sample(
     logits: Tensor, params: RowParams, history: TokenHistory | None, bias: LogitBias | None
 ) -> Tensor:
-    """See ``kernels.sampling.sample``. Grid: (B,)."""
+    """See ``kernels.sampling.sample``. Grid of the cuts: (B,)."""
     rows, vocab = logits.shape
     if history is not None:
         logits = penalize(logits, params, history)
     if bias is not None:
         logits = add_bias(logits.float(), bias)
-    scaled = torch.empty((rows, vocab), device=logits.device)  # fp32
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    _sample_kernel[(rows,)](
+    threshold = None
+    if params.has_cuts:
+        threshold = torch.empty(rows, device=logits.device)  # fp32
+        _cut_kernel[(rows,)](
+            logits,
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            threshold,
+            logits.stride(0),
+            vocab,
+            BLOCK=_CUT_BLOCK,
+            num_warps=16,
+        )
+    return _draw(logits, params, threshold)
+
+
+def arg_max(logits: Tensor) -> Tensor:
+    """``logits[B, V]`` -> ``[B]`` int64, the first of the largest."""
+    return _draw(logits, None, None)
+
+
+def _draw(logits: Tensor, params: RowParams | None, threshold: Tensor | None) -> Tensor:
+    """Grids: (B, V / BLOCK) and (B,)."""
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1
+    stretches = triton.cdiv(vocab, _BLOCK)
+    best = torch.empty((rows, stretches), device=logits.device)  # fp32
+    tokens = torch.empty((rows, stretches), dtype=torch.int32, device=logits.device)
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _stretch_kernel[(rows, stretches)](
         logits,
-        scaled,
-        params.temperature,
-        params.top_k,
-        params.top_p,
-        params.min_p,
-        params.seed,
-        params.choice,
-        params.position,
+        params.temperature if params is not None else None,
+        threshold,
+        params.seed if params is not None else None,
+        params.choice if params is not None else None,
+        params.position if params is not None else None,
+        best,
         tokens,
         logits.stride(0),
         vocab,
         BLOCK=_BLOCK,
-        num_warps=16,
+        GREEDY=params is None,
+        CUT=threshold is not None,
+        num_warps=4,
     )
-    return tokens
+    _best_kernel[(rows,)](
+        best, tokens, out, stretches, BLOCK=triton.next_power_of_2(stretches), num_warps=1
+    )
+    return out
 
 
 def penalize(logits: Tensor, params: RowParams, history: TokenHistory) -> Tensor:
