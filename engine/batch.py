@@ -83,6 +83,15 @@ class Batch:
     chunks: ChunkRows
     sampled: SampledRows
 
+    @staticmethod
+    def none() -> Batch:
+        empty: Ints = np.empty(0, np.int64)
+        return Batch(
+            SingleRows.none(),
+            ChunkRows(empty, empty, empty, empty, (), ()),
+            SampledRows((), empty, empty, empty),
+        )
+
     @property
     def num_tokens(self) -> int:
         return len(self.singles) + len(self.chunks.positions)
@@ -183,3 +192,16 @@ def _check(rows: Sequence[Row], table: SlotTable) -> None:
         assert 0 <= row.slot < table.scratch and row.num_tokens > 0, row
         assert end <= table.used_blocks[row.slot] * table.block_size, f"{row}: no block for it"
         assert end <= table.max_context, f"{row}: past the context"
+
+
+def token_arrays(batch: Batch, size: int, table: SlotTable) -> tuple[Ints, Ints, Ints]:
+    """Every token's place in the token buffer, position and cache slot, padded to ``size``."""
+    more = size - batch.num_tokens
+    assert more >= 0, (size, batch.num_tokens)
+    scratch = table.scratch * table.width
+
+    def joined(name: str, value: int) -> Ints:
+        parts = (getattr(batch.singles, name), getattr(batch.chunks, name))
+        return np.concatenate((*parts, np.full(more, value, np.int64)))
+
+    return joined("token_index", scratch), joined("positions", 0), joined("cache_slots", -1)

@@ -14,6 +14,7 @@ from ..core.config import Deployment
 from ..core.plan import EngineLimits
 from ..kernels.decode_attention import DecodeWorkspace
 from . import kv
+from .chunk_graphs import ChunkGraphs
 from .device import Precision, dtype_name, memory_state, resolve_precision
 from .engine import TorchEngine
 from .graphs import DecodeGraphs
@@ -23,6 +24,7 @@ from .sampler import Sampler
 from .shape import ModelShape, read_shape
 from .slots import SlotTable
 from .upload import uploader
+from .warm_up import warm_up
 from .weights import dummy_weights, load_weights
 
 log = logging.getLogger(__name__)
@@ -98,11 +100,13 @@ def build_engine(
             device=device,
         )
 
-    graphs = None
+    graphs = chunk_graphs = None
     if device.type == "cuda" and os.environ.get(GRAPHS_SWITCH) != "0":
         with torch.inference_mode():
             graphs = DecodeGraphs(model, table, new_workspace, max_slots)
             graphs.capture_all()
+            chunk_graphs = ChunkGraphs(model, table, max_step_tokens)
+            chunk_graphs.capture_all()
     engine = TorchEngine(
         model=model,
         table=table,
@@ -120,7 +124,10 @@ def build_engine(
         upload=upload,
         precision=precision,
         graphs=graphs,
+        chunk_graphs=chunk_graphs,
     )
+    if device.type == "cuda":
+        warm_up(engine)
     log.info(
         "%s on %s in %s: %d KV blocks of %d tokens, ready in %.1f s",
         card.name,

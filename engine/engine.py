@@ -13,20 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.plan import EngineLimits, KvPool, StepHandle, StepPlan, StepResult
 from ..kernels.decode_attention import DecodeWorkspace
 from ..kernels.prefill_attention import PrefillBatch
-from .batch import Batch, describe
+from .batch import Batch, describe, token_arrays
+from .chunk_graphs import ChunkGraphs
 from .device import Precision
 from .graphs import DecodeGraphs
-from .model import Model, StepInput
+from .model import Attention, Model, Tokens
 from .sampler import Drawn, LogProbs, Sampler, step_result
+from .shape import ModelShape
 from .slots import SlotTable
 from .upload import Upload
+from .weights import ModelWeights
 
 
 class TorchEngine:
@@ -44,8 +46,10 @@ class TorchEngine:
         upload: Upload,
         precision: Precision,
         graphs: DecodeGraphs | None,
+        chunk_graphs: ChunkGraphs | None,
     ) -> None:
-        """``graphs``: for decode steps on a GPU; without them each kernel is launched."""
+        """``graphs`` are for decode steps on a GPU, ``chunk_graphs`` for those that read prompts;
+        without them each kernel is launched."""
         self.kv = kv
         self.limits = limits
         self.precision = precision
@@ -55,6 +59,7 @@ class TorchEngine:
         self._workspace = new_workspace(limits.max_slots)
         self._upload = upload
         self._graphs = graphs
+        self._chunk_graphs = chunk_graphs
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -75,9 +80,17 @@ class TorchEngine:
         return DoneStep(step_result(rows.slots, asked, drawn))
 
     @property
-    def step_bytes(self) -> int:
-        """What a decode step reads of the weights."""
-        return self._model.weights.step_bytes
+    def shape(self) -> ModelShape:
+        return self._model.shape
+
+    @property
+    def weights(self) -> ModelWeights:
+        return self._model.weights
+
+    @property
+    def kv_blocks(self) -> Tensor:
+        """``[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]``."""
+        return self._model.kv_blocks
 
     def close(self) -> None:
         """Waits for the steps that are launched; the memory goes with the engine."""
@@ -89,22 +102,23 @@ class TorchEngine:
         """The model over the batch: logits ``[S, vocab]`` of the sampled rows."""
         if self._graphs is not None and batch.all_sampled:
             return self._graphs.run(batch.singles)
-        hidden = self._model.hidden(*self._step_input(batch))
+        attention, at = self._attention(batch)
+        chunk_graphs = self._chunk_graphs
+        size = chunk_graphs.size_for(batch.num_tokens) if chunk_graphs is not None else None
+        if chunk_graphs is not None and size is not None:
+            hidden = chunk_graphs.run(batch, size, attention, at)
+        else:
+            arrays = token_arrays(batch, batch.num_tokens, self._table)
+            token_index, positions, cache_slots = self._upload(arrays)
+            ids = self._table.token_ids.view(-1).index_select(0, token_index)
+            hidden = self._model.hidden(Tokens(ids, positions, cache_slots), attention, at)
         return self._model.logits(hidden)
 
-    def _step_input(self, batch: Batch) -> tuple[StepInput, Tensor | None]:
-        """The batch on the device, and which of its tokens are sampled after (None: all)."""
+    def _attention(self, batch: Batch) -> tuple[Attention, Tensor | None]:
+        """How the batch attends, and which of its tokens are sampled after (None: all)."""
         singles, chunks = batch.singles, batch.chunks
-        token_index, positions, cache_slots, slots, lens, chunk_slots, at = self._upload(
-            (
-                np.concatenate((singles.token_index, chunks.token_index)),
-                np.concatenate((singles.positions, chunks.positions)),
-                np.concatenate((singles.cache_slots, chunks.cache_slots)),
-                singles.slots,
-                singles.context_lens,
-                chunks.slots,
-                batch.sampled.at,
-            )
+        slots, lens, chunk_slots, at = self._upload(
+            (singles.slots, singles.context_lens, chunks.slots, batch.sampled.at)
         )
         tables = self._table.block_tables
         if len(singles):
@@ -114,15 +128,8 @@ class TorchEngine:
             prefill = PrefillBatch.create(
                 tables.index_select(0, chunk_slots), chunks.new_lens, chunks.context_lens
             )
-        step = StepInput(
-            token_ids=self._table.token_ids.view(-1).index_select(0, token_index),
-            positions=positions,
-            cache_slots=cache_slots,
-            num_singles=len(singles),
-            singles=self._workspace,
-            chunks=prefill,
-        )
-        return step, None if batch.all_sampled else at
+        attention = Attention(len(singles), self._workspace, prefill)
+        return attention, None if batch.all_sampled else at
 
 
 class DoneStep:

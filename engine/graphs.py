@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels.decode_attention import DecodeWorkspace
 from .batch import SingleRows, padded
-from .model import Model, StepInput
+from .model import Attention, Model, Tokens
 from .slots import SlotTable
 from .upload import pack, unpack
 
@@ -105,12 +105,7 @@ def decode_step(
     ``SingleRows`` on the device. All that it reads and writes stays at its address."""
     token_index, positions, cache_slots, slots, context_lens = views
     workspace.prepare(table.block_tables.index_select(0, slots), context_lens)
-    step = StepInput(
-        token_ids=table.token_ids.view(-1).index_select(0, token_index),
-        positions=positions,
-        cache_slots=cache_slots,
-        num_singles=len(slots),
-        singles=workspace,
-        chunks=None,
-    )
-    model.logits(model.hidden(step), out=out)
+    ids = table.token_ids.view(-1).index_select(0, token_index)
+    tokens = Tokens(ids, positions, cache_slots)
+    attention = Attention(num_singles=len(slots), singles=workspace, chunks=None)
+    model.logits(model.hidden(tokens, attention), out=out)

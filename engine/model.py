@@ -1,41 +1,59 @@
 """A dense decoder of the Llama family, run over a batch of decode rows and prompt chunks.
 
 All tokens of the batch go through the linear layers together; attention is called once for
-the rows of one new token and once for the chunks. Each layer:
+the rows of one new token and once for the chunks. A step is
 
-    norm (+ residual) -> q, k, v in one product -> (q/k norm) rope, cache write
-    -> attention -> o -> norm + residual -> gate, up in one product -> silu * up -> down
+    enter     embedding -> norm -> q, k, v in one product -> (q/k norm) rope, cache write
+    attend    per layer
+    cross     from one layer's attention to the next's: o -> norm + residual -> gate, up in one
+              product -> silu * up -> down -> norm + residual -> q, k, v ... as above
+    leave     the same to the last layer's end
+
+Only ``attend`` depends on how the tokens are divided among sequences, so that the rest can be
+captured once for a number of tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.cpu_linear import linear as cpu_linear
 from ..kernels.decode_attention import DecodeWorkspace, decode_attention
+from ..kernels.linear import gated_linear, linear, linear_parts
 from ..kernels.prefill_attention import PrefillBatch, prefill_attention
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope_and_cache
-from ..kernels.silu_mul import silu_mul
 from .shape import ModelShape
 from .weights import LayerWeights, Linear, ModelWeights
 
 
 @dataclass(frozen=True, slots=True)
-class StepInput:
-    """One step's T tokens: those of the B rows with one new token, then the chunks'."""
+class Tokens:
+    """T tokens: what they are, where they stand, and where their keys and values go."""
 
     token_ids: Tensor  # [T] int32
     positions: Tensor  # [T] int64
     cache_slots: Tensor  # [T] int64: block * block_size + offset; -1: padding
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How a step's tokens attend: first those of B rows with one new token, then the chunks'."""
+
     num_singles: int
     singles: DecodeWorkspace  # prepared for the single rows, where there are any
     chunks: PrefillBatch | None
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A layer's queries, keys and values, rotated; the cache holds the last two already."""
+
+    q: Tensor  # [T, Hq, D]
+    k: Tensor  # [T, Hkv, D]
+    v: Tensor  # [T, Hkv, D]
 
 
 class Model:
@@ -52,64 +70,107 @@ class Model:
         ``kv_blocks[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]``."""
         self.shape = shape
         self.weights = weights
+        self.kv_blocks = kv_blocks
         self._cos, self._sin = tables
         self._kv_layers = kv_blocks.unbind(1)  # [num_blocks, 2, Hkv, block_size, D] each
         self._scale = shape.head_dim**-0.5
-        self._linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = (
-            F.linear if kv_blocks.is_cuda else cpu_linear
-        )
 
-    def hidden(self, step: StepInput, at: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tokens, attention: Attention, at: Tensor | None = None) -> Tensor:
         """The last layer's normed output ``[S, hidden]`` for the tokens ``at[S]``, None: all.
 
         Writes the batch's keys and values into the cache.
         """
-        weights, eps = self.weights, self.shape.rms_norm_eps
-        embedded = weights.embedding.index_select(0, step.token_ids)  # [T, hidden]
-        x = embedded.to(weights.final_norm.dtype)
-        residual: Tensor | None = None
-        for layer, kv_layer in zip(weights.layers, self._kv_layers, strict=True):
-            normed, residual = rms_norm(x, layer.input_norm, eps, residual)
-            attended = self._attention(step, layer, kv_layer, normed)
-            normed, residual = rms_norm(attended, layer.post_norm, eps, residual)
-            gate_up = self._apply(layer.gate_up, normed)  # [T, 2 * intermediate]
-            x = self._apply(layer.down, silu_mul(gate_up))
+        heads, residual = self.enter(tokens)
+        for layer in range(self.shape.num_layers - 1):
+            heads, residual = self.cross(
+                layer, self.attend(layer, heads, attention), residual, tokens
+            )
+        last = self.shape.num_layers - 1
+        x, residual = self._rest(last, self.attend(last, heads, attention), residual)
         if at is not None:
-            x = x.index_select(0, at)
-            residual = residual.index_select(0, at) if residual is not None else None
-        return rms_norm(x, weights.final_norm, eps, residual)[0]
+            x, residual = x.index_select(-2, at), residual.index_select(0, at)
+        return rms_norm(x, self.weights.final_norm, self.shape.rms_norm_eps, residual)[0]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """``hidden[S, hidden]`` -> ``[S, vocab]``, into ``out`` where given."""
-        if out is not None:
-            return torch.mm(hidden, self.weights.lm_head.t(), out=out)
-        return self._linear(hidden, self.weights.lm_head, None)
+        return linear(hidden, self.weights.lm_head, out=out)
 
-    def _attention(
-        self, step: StepInput, layer: LayerWeights, kv_layer: Tensor, normed: Tensor
+    def enter(self, tokens: Tokens, out: Tensor | None = None) -> tuple[Heads, Tensor]:
+        """The first layer's heads, and the residual ``[T, hidden]``.
+
+        ``out[T, (Hq + 2 Hkv) * D]`` takes the heads where given.
+        """
+        weights = self.weights
+        embedded = weights.embedding.index_select(0, tokens.token_ids)  # [T, hidden]
+        x = embedded.to(weights.final_norm.dtype)
+        normed, residual = rms_norm(x, weights.layers[0].input_norm, self.shape.rms_norm_eps)
+        return self._heads(0, normed, tokens, out), residual
+
+    def attend(
+        self, layer: int, heads: Heads, attention: Attention, out: Tensor | None = None
     ) -> Tensor:
-        """``normed[T, hidden]`` -> ``[T, hidden]``."""
-        q, k, v = rope_and_cache(
-            self._apply(layer.qkv, normed),
-            self._cos,
-            self._sin,
-            step.positions,
-            step.cache_slots,
-            kv_layer,
-            num_q_heads=self.shape.num_q_heads,
-            q_norm_weight=layer.q_norm,
-            k_norm_weight=layer.k_norm,
-            eps=self.shape.rms_norm_eps,
-        )
-        count = step.num_singles
-        parts: list[Tensor] = []  # [count, Hq, D], [T - count, Hq, D]
+        """``[T, Hq * D]``, into ``out[T, Hq, D]`` where given."""
+        kv_layer, count, chunks = self._kv_layers[layer], attention.num_singles, attention.chunks
+        q, k, v = heads.q, heads.k, heads.v
+        if out is None:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if count:
-            parts.append(decode_attention(q[:count], kv_layer, self._scale, step.singles))
-        if step.chunks is not None:
-            q, k, v = q[count:], k[count:], v[count:]
-            parts.append(prefill_attention(q, k, v, kv_layer, self._scale, step.chunks))
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._apply(layer.o, attended.flatten(1))
+            decode_attention(q[:count], kv_layer, self._scale, attention.singles, out[:count])
+        if chunks is not None:
+            prefill_attention(
+                *(q[count:], k[count:], v[count:]), kv_layer, self._scale, chunks, out[count:]
+            )
+        return out.flatten(1)
 
-    def _apply(self, linear: Linear, x: Tensor) -> Tensor:
-        return self._linear(x, linear.weight, linear.bias)
+    def cross(
+        self,
+        layer: int,
+        attended: Tensor,
+        residual: Tensor,
+        tokens: Tokens,
+        out: Tensor | None = None,
+    ) -> tuple[Heads, Tensor]:
+        """From what ``layer`` attended to, ``[T, Hq * D]``, to the next layer's heads."""
+        x, residual = self._rest(layer, attended, residual)
+        norm = self.weights.layers[layer + 1].input_norm
+        normed, residual = rms_norm(x, norm, self.shape.rms_norm_eps, residual)
+        return self._heads(layer + 1, normed, tokens, out), residual
+
+    def leave(self, attended: Tensor, residual: Tensor, out: Tensor) -> None:
+        """From what the last layer attended to, to its output ``out[T, hidden]``, not normed."""
+        x, residual = self._rest(self.shape.num_layers - 1, attended, residual)
+        torch.add(x if x.dim() == 2 else x.sum(0).to(residual.dtype), residual, out=out)
+
+    def final_norm(self, left: Tensor) -> Tensor:
+        """Of rows that ``leave`` gave, ``[S, hidden]``."""
+        return rms_norm(left, self.weights.final_norm, self.shape.rms_norm_eps)[0]
+
+    def _rest(self, layer: int, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer after its attention: the MLP's output, or its parts, and the residual."""
+        weights: LayerWeights = self.weights.layers[layer]
+        projected = _parts(weights.o, attended)
+        normed, residual = rms_norm(projected, weights.post_norm, self.shape.rms_norm_eps, residual)
+        return _parts(weights.down, gated_linear(normed, weights.gate_up.weight)), residual
+
+    def _heads(self, layer: int, normed: Tensor, tokens: Tokens, out: Tensor | None) -> Heads:
+        weights, shape = self.weights.layers[layer], self.shape
+        qkv = weights.qkv
+        parts = _parts(qkv, normed) if out is None else linear(normed, qkv.weight, qkv.bias, out)
+        return Heads(
+            *rope_and_cache(
+                parts,
+                self._cos,
+                self._sin,
+                tokens.positions,
+                tokens.cache_slots,
+                self._kv_layers[layer],
+                num_q_heads=shape.num_q_heads,
+                q_norm_weight=weights.q_norm,
+                k_norm_weight=weights.k_norm,
+                eps=shape.rms_norm_eps,
+            )
+        )
+
+
+def _parts(layer: Linear, x: Tensor) -> Tensor:
+    return linear_parts(x, layer.weight, layer.bias)

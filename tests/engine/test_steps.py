@@ -11,10 +11,13 @@ import torch
 from tiny_models import GREEDY, launch, new, random_prompt
 
 from pdserve.core.plan import NewSequence, Row, StepPlan
-from pdserve.engine.batch import SingleRows, describe, padded
+from pdserve.engine.batch import Batch, SingleRows, describe, padded, token_arrays
+from pdserve.engine.chunk_graphs import chunk_sizes, fitting
 from pdserve.engine.graphs import decode_step, ladder
+from pdserve.engine.model import Tokens
 from pdserve.engine.slots import SlotTable
 from pdserve.engine.upload import pack_into, unpack, uploader
+from pdserve.engine.warm_up import warm_up_plans
 
 CPU = torch.device("cpu")
 
@@ -137,3 +140,74 @@ def test_a_padded_decode_step_equals_one_without_padding(llama_folder: Path) -> 
     assert torch.allclose(logits[:3], eager, atol=1e-5)
     assert logits[3:].isfinite().all()
     assert len(SingleRows.none()) == 0
+
+
+def test_a_step_in_pieces_equals_a_whole_one(llama_folder: Path) -> None:
+    """What is captured around attention, run on the CPU in padded buffers of NaN."""
+    engine = tiny_models.engine_of(llama_folder)
+    table, model, shape = engine._table, engine._model, engine.shape
+    launch(engine, new(0, random_prompt(5, seed=1), (0, 20)), Row(0, 0, 5))
+    chunk = new(3, random_prompt(33, seed=2), (3, 23, 43))
+    plan = StepPlan((chunk,), (Row(0, 5, 1), Row(3, 0, 33)))
+    with torch.inference_mode():
+        table.apply(plan)
+        batch = describe(plan, table)
+        attention, at = engine._attention(batch)
+        index, positions, slots = map(torch.from_numpy, token_arrays(batch, 64, table))
+        assert slots[34:].tolist() == [-1] * 30
+        tokens = Tokens(table.token_ids.view(-1)[index], positions, slots)
+        qkv, attended, left = (
+            torch.full((64, width), torch.nan)
+            for width in (
+                shape.qkv_width,
+                shape.num_q_heads * shape.head_dim,
+                shape.hidden_size,
+            )
+        )
+        mine = attended[:34].view(34, shape.num_q_heads, shape.head_dim)
+        heads, residual = model.enter(tokens, qkv)
+        for layer in range(shape.num_layers - 1):
+            model.attend(layer, tiny_models.first(heads, 34), attention, mine)
+            heads, residual = model.cross(layer, attended, residual, tokens, qkv)
+        model.attend(shape.num_layers - 1, tiny_models.first(heads, 34), attention, mine)
+        model.leave(attended, residual, left)
+        assert at is not None
+        found = model.final_norm(left.index_select(0, at))
+        whole = token_arrays(batch, batch.num_tokens, table)
+        index, positions, slots = map(torch.from_numpy, whole)
+        tokens = Tokens(table.token_ids.view(-1)[index], positions, slots)
+        assert torch.allclose(found, model.hidden(tokens, attention, at), atol=1e-5)
+    assert Batch.none().num_tokens == 0
+
+
+def test_a_step_takes_the_next_size_or_its_own() -> None:
+    sizes = chunk_sizes(2304, worth=900)
+    assert sizes == (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 2048)
+    assert [fitting(sizes, 900, count) for count in (1, 64, 65, 513, 896)] == [
+        64,
+        64,
+        128,
+        640,
+        896,
+    ]
+    # Beyond what is worth its padding, a step has to fit exactly.
+    assert [fitting(sizes, 900, count) for count in (1000, 1024, 2047, 2048, 2100)] == [
+        None,
+        1024,
+        None,
+        2048,
+        None,
+    ]
+    assert chunk_sizes(40, worth=900) == ()
+    assert fitting((), 900, 10) is None
+
+
+@pytest.mark.parametrize("most", [8, 33, 128, 2304])
+def test_warm_up_stays_within_the_engines_limits(most: int) -> None:
+    plans = list(warm_up_plans(most, max_context=1024, pool_tokens=640, block_size=16))
+    for plan in plans:
+        assert plan.num_tokens <= most
+        for sequence in plan.new:
+            assert len(sequence.token_ids) <= 1024
+            assert max(sequence.block_table) < 40
+    assert any(len(plan.rows) == 2 for plan in plans) == (most > 64)

@@ -10,7 +10,13 @@ import pytest
 import tiny_models
 import torch
 from tiny_models import Answers, random_prompt
-from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from pdserve.bench.driver import StepDriver
 from pdserve.core.params import SamplingParams
@@ -34,6 +40,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 7,
 }
 CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=32),
     "qwen2": Qwen2Config(**{**SIZES, "num_attention_heads": 4}, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, head_dim=64),
 }

@@ -15,6 +15,7 @@ from pdserve.core.params import SamplingParams
 from pdserve.core.plan import NewSequence, Row, StepPlan
 from pdserve.engine.build import build_engine
 from pdserve.engine.engine import TorchEngine
+from pdserve.engine.model import Heads
 from pdserve.engine.shape import eos_token_ids, read_shape
 
 VOCAB = 307
@@ -104,6 +105,11 @@ def random_prompt(length: int, seed: int, vocab: int = VOCAB) -> list[int]:
 
 def new(slot: int, prompt: list[int], blocks: tuple[int, ...]) -> NewSequence:
     return NewSequence(slot, tuple(prompt), len(prompt), GREEDY, blocks)
+
+
+def first(heads: Heads, count: int) -> Heads:
+    """Of the first tokens."""
+    return Heads(heads.q[:count], heads.k[:count], heads.v[:count])
 
 
 def launch(engine: TorchEngine, fill: NewSequence | None, row: Row) -> list[int]:
