@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..kernels.copy_blocks import gather_blocks, scatter_blocks
 from ..kernels.decode_attention import decode_attention
 from ..kernels.gpu.gather_contexts import gather_contexts
 from ..kernels.gpu.ragged_attention import dense_attention, paged_attention
+from ..kernels.linear import gated_linear, linear, linear_parts
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope_and_cache, split_heads
@@ -63,7 +65,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def all_checks() -> list[Check]:
     """Needs a GPU to run, not to list."""
-    return [*_elementwise(), *_decode(), *_prefill(), *_sampling()]
+    return [*_elementwise(), *_linear(), *_decode(), *_prefill(), *_sampling()]
 
 
 def _elementwise() -> Iterator[Check]:
@@ -80,6 +82,36 @@ def _elementwise() -> Iterator[Check]:
             name = f"rope {heads} rot {2 * half}{' normed' if normed else ''} {dtype}"
             yield Check(name, limit, partial(_rope, heads, half, normed, dtype))
     yield Check("copy_blocks", 0.0, _copy_blocks)
+
+
+def _linear() -> Iterator[Check]:
+    """With the tunings that are chosen, and cuBLAS where none is."""
+    for tokens in (1, 3, 16, 33, 64, 100, 200):
+        for size, columns in ((6144, 4096), (4096, 14336), (1000, 576), (128256, 2048)):
+            name = f"{tokens} x {columns} x {size}"
+            yield Check(f"linear {name}", 1e-2, partial(_product, tokens, size, columns))
+        for size, columns in ((14336, 4096), (1536, 576)):
+            name = f"{tokens} x {columns} x 2 x {size}"
+            yield Check(f"gated {name}", 1e-2, partial(_gated, tokens, size, columns))
+
+
+def _product(tokens: int, size: int, columns: int) -> float:
+    x = torch.randn(tokens, columns, device=DEVICE).bfloat16()
+    weight = (torch.randn(size, columns, device=DEVICE) * columns**-0.5).bfloat16()
+    bias = torch.randn(size, device=DEVICE).bfloat16()
+    exact = x.double() @ weight.double().t()
+    parts = linear_parts(x, weight, bias)
+    return max(
+        relative_error(linear(x, weight), exact),
+        relative_error(parts.sum(0) if parts.dim() == 3 else parts, exact + bias),
+    )
+
+
+def _gated(tokens: int, size: int, columns: int) -> float:
+    x = torch.randn(tokens, columns, device=DEVICE).bfloat16()
+    weight = (torch.randn(2 * size, columns, device=DEVICE) * columns**-0.5).bfloat16()
+    gate, up = (x.double() @ weight.double().t()).chunk(2, dim=1)
+    return relative_error(gated_linear(x, weight), functional.silu(gate) * up)
 
 
 def _rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> float:
@@ -315,5 +347,8 @@ def _moved(group: _Group | None) -> _Group | None:
     """The same on the GPU."""
     if group is None:
         return None
-    tensors = (getattr(group, field.name).to(DEVICE) for field in fields(group))
-    return type(group)(*tensors)
+    values = {field.name: getattr(group, field.name) for field in fields(group)}
+    moved: dict[str, Any] = {
+        name: value.to(DEVICE) for name, value in values.items() if isinstance(value, Tensor)
+    }
+    return replace(group, **moved)

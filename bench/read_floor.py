@@ -94,3 +94,21 @@ def read_only(kv_layer: Tensor, workspace: SplitWorkspace, out: Tensor, tuning: 
 
 def new_output(workspace: SplitWorkspace, num_kv_heads: int) -> Tensor:
     return torch.empty(workspace.rows.shape[0] * num_kv_heads, device=workspace.rows.device)  # fp32
+
+
+@triton.jit
+def _stream_kernel(data_ptr, out_ptr, size, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * PIECE
+    acc = tl.zeros([BLOCK], tl.float32)
+    for at in tl.static_range(0, PIECE, BLOCK):
+        place = start + at + tl.arange(0, BLOCK)
+        acc += tl.load(data_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(acc))
+
+
+def read_stream(data: Tensor) -> None:
+    """Reads ``data[n]`` once, front to back. Grid: (n / 32k,)."""
+    piece = 1 << 15
+    programs = triton.cdiv(data.shape[0], piece)
+    out = torch.empty(programs, device=data.device)  # fp32
+    _stream_kernel[(programs,)](data, out, data.shape[0], PIECE=piece, BLOCK=4096, num_warps=8)

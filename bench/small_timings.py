@@ -117,6 +117,7 @@ class Sampling:
             rows + 12345,
             torch.zeros_like(rows),
             rows,
+            has_cuts=variant.startswith("top"),
         )
         tokens = torch.randint(0, VOCAB, (batch, 4096), device=DEVICE, dtype=torch.int32)
         history = TokenHistory(tokens, rows, full(2000, torch.int32), full(3000, torch.int32))

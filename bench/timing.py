@@ -47,13 +47,17 @@ def graph_micros(calls: Sequence[Callable[[], object]], replays: int = 9) -> flo
     return event_micros(graph.replay, replays) / len(calls)
 
 
-def event_micros(call: Callable[[], object], repeats: int = 7, burst: int = 1) -> float:
-    """The median time of a call between two events, after one that does not count.
+def event_micros(
+    call: Callable[[], object], repeats: int = 7, burst: int = 1, *, warmed: bool = False
+) -> float:
+    """The median time of a call between two events, after one that does not count where it is
+    not ``warmed`` already.
 
     With a ``burst`` that many follow each other between the events, so that the time which the
     CPU takes to launch one counts only where it is longer than what the GPU takes.
     """
-    call()
+    if not warmed:
+        call()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
