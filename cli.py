@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .core import config, logs
-from .core.config import Deployment, EngineKind
+from .core.config import Deployment, EngineKind, Policy
 from .core.errors import ConfigError, PdserveError
 from .core.ids import Role
 from .core.orphans import die_with_parent
@@ -18,14 +18,44 @@ from .core.orphans import die_with_parent
 Run = Callable[[argparse.Namespace], int]
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
-_EXAMPLES = """examples:
+_SHELLS = ("bash", "zsh", "tcsh")
+_EXAMPLES = {
+    "": """
   pdserve serve configs/smollm2.yaml
+  pdserve chat
+  pdserve status --watch
   pdserve serve configs/smollm2.yaml --port 8080 --set pools.decode.workers=2
   pdserve check configs/two-hosts.yaml
-  pdserve status
   pdserve keys new ./keys
+  pdserve worker --role decode --join tcp://192.168.1.10:8100 configs/two-hosts.yaml""",
+    "serve": """
+  pdserve serve configs/smollm2.yaml
+  pdserve serve configs/smollm2.yaml --port 0 --set pools.decode.workers=2
+  pdserve serve deployment.yaml --set observability.log_format=json 2> pdserve.log""",
+    "check": """
+  pdserve check configs/smollm2.yaml
+  pdserve check deployment.yaml --set kv.memory=2GiB""",
+    "worker": """
   pdserve worker --role decode --join tcp://192.168.1.10:8100 configs/two-hosts.yaml
-"""
+  pdserve worker --role prefill --device cuda:1 --join tcp://router:8100 deployment.yaml""",
+    "status": """
+  pdserve status
+  pdserve status http://192.168.1.10:8000 --watch
+  pdserve status --json | jq .recent""",
+    "chat": """
+  pdserve chat
+  pdserve chat "Why is the sky blue?" --max-tokens 64
+  pdserve chat --url http://192.168.1.10:8000 --system "Answer in one sentence."
+  pdserve chat < question.txt""",
+    "keys": """
+  pdserve keys new ./keys
+  scp -r keys second:pdserve/""",
+    "completion": """
+  pdserve completion bash > ~/.local/share/bash-completion/completions/pdserve
+  pdserve completion zsh > ~/.zfunc/_pdserve""",
+    "bench": """
+  pdserve bench engine --help""",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pdserve",
         description="Serves a language model from two pools of workers: prefill and decode.",
-        epilog=_EXAMPLES,
+        epilog=f"examples:{_EXAMPLES['']}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(parent=None)
@@ -55,7 +85,16 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Run, about: str | None = None) -> argparse.ArgumentParser:
         """Without a text it is not listed."""
-        made = commands.add_parser(name, help=about) if about else commands.add_parser(name)
+        if about is None:
+            made = commands.add_parser(name)
+        else:
+            made = commands.add_parser(
+                name,
+                help=about,
+                description=f"{about[0].upper()}{about[1:]}.",
+                epilog=f"examples:{_EXAMPLES[name]}",
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
         made.set_defaults(run=run)
         return made
 
@@ -75,16 +114,43 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--id", metavar="NAME", help="unique among the workers; default: a new one")
     worker.add_argument("--device", default="auto", metavar="D", help="cpu, cuda:N, default auto")
 
-    status = command("status", _status, "list the pools and workers of a running deployment")
+    status = command("status", _status, "show how a running deployment is")
     status.add_argument("url", nargs="?", default=_DEFAULT_URL, help=f"default {_DEFAULT_URL}")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument(
+        "--watch",
+        nargs="?",
+        type=_interval,
+        const=1.0,
+        metavar="SECONDS",
+        help="keep it up to date until Ctrl-C; every second",
+    )
+    how.add_argument("--json", action="store_true", help="all of it, for programs")
+
+    chat = command("chat", _chat, "talk to a running deployment")
+    chat.add_argument(
+        "message", nargs="?", metavar="MESSAGE", help="answered once; without it, a conversation"
+    )
+    chat.add_argument("--url", default=_DEFAULT_URL, help=f"default {_DEFAULT_URL}")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="of an answer")
+    chat.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
+    chat.add_argument(
+        "--route",
+        choices=[Policy.DISAGGREGATED.value, Policy.COLOCATED.value],
+        help="two workers, or one; default: the router's choice",
+    )
 
     keys = command("keys", _keys, "make the keys that hosts of one deployment share")
     keys.add_argument("action", choices=["new"])
-    keys.add_argument("folder", type=Path, metavar="DIR")
+    _completes(keys.add_argument("folder", type=Path, metavar="DIR"), "DIRECTORY")
 
     bench = command("bench", _bench, "measure: see `pdserve bench engine --help`")
     bench.add_argument("what", choices=["engine"])
     bench.add_argument("options", nargs=argparse.REMAINDER)
+
+    completion = command("completion", _completion, "print what makes a shell complete pdserve")
+    completion.add_argument("shell", choices=_SHELLS)
 
     # What `serve` starts. They take the resolved file of its run folder.
     prepare = command("prepare", _prepare)
@@ -105,7 +171,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _takes_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a deployment, YAML")
+    file = parser.add_argument("file", type=Path, metavar="FILE", help="a deployment, YAML")
+    _completes(file, "FILE")
     parser.add_argument(
         "--set",
         action="append",
@@ -114,6 +181,24 @@ def _takes_file(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change one key of the file, such as pools.decode.workers=2; may be repeated",
     )
+
+
+def _completes(argument: argparse.Action, kind: str) -> None:
+    """What a shell offers for it, read by ``shtab``."""
+    argument.complete = _PATHS[kind]  # type: ignore[attr-defined]
+
+
+_PATHS = {
+    "FILE": {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"},
+    "DIRECTORY": {"bash": "_shtab_compgen_dirs", "zsh": "_files -/", "tcsh": "d"},
+}
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("allowed: 0.1 to 3600 seconds")
+    return seconds
 
 
 def _deployment(arguments: argparse.Namespace) -> Deployment:
@@ -191,9 +276,34 @@ def _router(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from .deploy.status import cluster_table
+    from .deploy import status
 
-    print(cluster_table(arguments.url))
+    if arguments.json:
+        status.show_json(arguments.url)
+    elif arguments.watch is not None:
+        status.watch(arguments.url, arguments.watch)
+    else:
+        status.show(arguments.url)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from .deploy import chat
+
+    options = chat.Options(
+        arguments.url,
+        arguments.max_tokens,
+        arguments.temperature,
+        arguments.system,
+        arguments.route,
+    )
+    return chat.run(options, arguments.message)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(_parser(), arguments.shell))
     return 0
 
 

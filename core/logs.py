@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from .config import LogFormat
 
 _OURS = "pdserve."
 _JSON_START = '{"time":'
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """On what stderr is at the moment: where bars are drawn, lines must go above them."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        """The base class sets what it is given."""
 
 
 class _Lines(logging.Formatter):
@@ -50,7 +63,7 @@ def setup(form: LogFormat = LogFormat.TEXT, level: int = logging.INFO) -> None:
 
     Called once, by the process's entry point.
     """
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     text = _Lines("%(asctime)s %(level)s %(component)s %(message)s")
     handler.setFormatter(text if form is LogFormat.TEXT else _Objects())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core import progress
 from .child import Command
 from .placement import WorkerSpec
 
@@ -73,6 +74,8 @@ class RunFiles:
 def _command(name: object, *arguments: object, threads: int | None = None) -> Command:
     """Every child is told whose it is, to end with it."""
     env = {"PYTHONUNBUFFERED": "1"}
+    if sys.stderr.isatty():
+        env[progress.SWITCH] = "1"  # somebody watches: see bars.py
     if threads is not None:  # read when torch is imported, before the worker could say it
         env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return Command(str(name), (*PROGRAM, *map(str, arguments), "--parent", str(os.getpid())), env)

@@ -30,6 +30,7 @@ from ..core.errors import ConfigError, StartupError
 from ..core.logs import passed_on
 from . import fetch, status
 from .backoff import RestartPolicy
+from .bars import Bars
 from .child import Child, describe_exit
 from .commands import ROUTER, RunFiles
 from .devices import Devices
@@ -100,6 +101,7 @@ class _Launch:
         self._deployment = deployment
         self._files = RunFiles(run_dir)
         self._workers: tuple[WorkerSpec, ...] = ()
+        self._bars = Bars()
         self._supervisor = Supervisor(self._emit, RestartPolicy())
 
     async def up(self) -> str:
@@ -123,6 +125,7 @@ class _Launch:
                 raise StartupError(f"not ready within {START_LIMIT_S:.0f} s; see the lines above")
             host, port = ready.result()
         finally:
+            self._bars.close()
             for task in either:
                 task.cancel()
         self._supervisor.settle()
@@ -140,7 +143,11 @@ class _Launch:
 
     def _emit(self, line: str) -> None:
         """A child's line, to where our own log goes."""
-        _write(passed_on(line, self._deployment.observability.log_format), sys.stderr)
+        if self._bars.take(line):
+            return
+        line = passed_on(line, self._deployment.observability.log_format)
+        if not self._bars.write(line):
+            _write(line, sys.stderr)
 
     async def _prepare(self) -> None:
         child = Child(self._files.prepare(), self._emit)
@@ -152,6 +159,7 @@ class _Launch:
         finally:
             child.kill()
             await child.wait()
+            self._bars.close()
         if child.sentence is not None:
             raise (ConfigError if code == 2 else StartupError)(child.sentence)
         if code != 0:

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from ..core.errors import WeightsError
+from ..core.progress import Progress
 from .cache import made_once
 from .checkpoint import sample_offsets
 
@@ -62,7 +63,7 @@ def _convert(file: Path, folder: Path) -> None:
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     try:
-        with _read_once():
+        with _read_once(), Progress("converting the weights, once"):
             model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
             )

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import OutOfMemory, WeightsError
+from ..core.progress import Progress
 from .checkpoint import Checkpoint, open_checkpoint
 from .device import Precision
 from .shape import ModelShape
@@ -75,8 +76,10 @@ def load_weights(
     weights = _allocate(shape, precision, device)
     with ExitStack() as stack:
         reader = _Reader(checkpoint, device, stack)
+        progress = stack.enter_context(Progress("loading the weights", weights.nbytes))
         for name, target in _named(weights, shape):
             reader.copy(name, target)
+            progress.advance(target.nbytes)
     return weights
 
 

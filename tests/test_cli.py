@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,61 @@ def test_help_shows_commands_and_examples(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert "pdserve serve configs/smollm2.yaml" in text
     assert "prepare" not in text  # what only `serve` starts is not listed
-    listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ")]
-    assert listed == ["serve", "check", "worker", "status", "keys", "bench"]
+    listed = [
+        line.split()[0] for line in text.splitlines() if line[:5].strip() and line[:4] == "    "
+    ]
+    assert listed == [
+        *("serve", "check", "worker", "status", "chat", "keys", "bench", "completion")
+    ]
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "check", "worker", "status", "chat", "keys", "bench", "completion"]
+)
+def test_every_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    about, _, examples = capsys.readouterr().out.partition("examples:\n")
+    assert about.startswith(f"usage: pdserve {command}")
+    assert f"  pdserve {command} " in examples
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_for_a_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "status" in script and "prefill" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=10)
+        completed = subprocess.run(
+            ["bash", "-c", f"{script}\n{_COMPLETE}"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        assert completed.stdout.split() == ["status"]
+
+
+_COMPLETE = """
+COMP_WORDS=(pdserve sta); COMP_CWORD=1; COMP_LINE="pdserve sta"; COMP_POINT=11
+_shtab_pdserve; echo "${COMPREPLY[@]}"
+"""
+
+
+def test_examples_are_right() -> None:
+    """Each parses, as far as a shell would get."""
+    for text in cli._EXAMPLES.values():
+        for line in filter(None, (line.strip() for line in text.splitlines())):
+            words = shlex.split(
+                line.partition(" > ")[0]
+                .partition(" | ")[0]
+                .partition(" < ")[0]
+                .partition(" 2> ")[0]
+            )
+            if words[0] == "pdserve" and "--help" not in words:
+                cli._parser().parse_args(words[1:])
 
 
 def test_check_says_what_is_right(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +170,7 @@ def test_keys_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_status_of_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "http://127.0.0.1:1"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("pdserve: no answer from http://127.0.0.1:1/ready: ")
+    assert error.startswith("pdserve: no answer from http://127.0.0.1:1/live: ")
     assert error.count("\n") == 1
 
 
