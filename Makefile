@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: serve test test-all check format bench clean
+.PHONY: serve test test-all check format docs bench clean
 
 serve: $(READY)
 	@exec $(BIN)/pdserve serve $(CONFIG)
@@ -30,6 +30,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	$(BIN)/python -P -m pdserve.core.config_reference configs/smollm2.yaml > docs/configuration.md
 
 bench: $(READY)
 	$(BIN)/pdserve bench engine --config $(CONFIG)

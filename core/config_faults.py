@@ -39,7 +39,7 @@ def first_fault(root: type[BaseModel], error: ValidationError, data: Mapping[str
     found: Any = data
     for part in path:
         found = found[part]
-    return f"{where}: found {shown(found)}; allowed: {_allowed(field.annotation, field)}"
+    return f"{where}: found {shown(found)}; allowed: {allowed(field.annotation, field)}"
 
 
 def _locate(
@@ -61,7 +61,7 @@ def _locate(
     return section, None, path
 
 
-def _allowed(annotation: object, field: FieldInfo | None = None) -> str:
+def allowed(annotation: object, field: FieldInfo | None = None) -> str:
     """What a field takes, in words: its description where it has one."""
     if field is not None and field.description is not None:
         return field.description
@@ -70,10 +70,10 @@ def _allowed(annotation: object, field: FieldInfo | None = None) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return " or ".join(str(member.value) for member in annotation)
     if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_allowed(member) for member in get_args(annotation))
+        return " or ".join(allowed(member) for member in get_args(annotation))
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
-        return _allowed(inner, next((m for m in metadata if isinstance(m, FieldInfo)), None))
+        return allowed(inner, next((m for m in metadata if isinstance(m, FieldInfo)), None))
     if annotation is NoneType:
         return "null"
     assert get_origin(annotation) is Literal, annotation

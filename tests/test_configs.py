@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pdserve import cli
 from pdserve.core import config
 from pdserve.core.config import Deployment
+from pdserve.core.config_reference import reference
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -42,6 +43,15 @@ def test_smollm2_names_every_key_with_its_default() -> None:
     deployment = config.load(CONFIGS / "smollm2.yaml")
     assert deployment == default
     assert missing(deployment, written) == ["pools.mixed." + key for key in UNUSED_POOL]
+
+
+def test_the_reference_in_the_docs_is_that_of_the_schema() -> None:
+    """If this fails, run ``make docs``."""
+    made = reference((CONFIGS / "smollm2.yaml").read_text(encoding="utf-8"))
+    written = (CONFIGS.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == made, "docs/configuration.md is not what `make docs` makes"
+    unexplained = [line for line in made.splitlines() if line.endswith("|  |")]
+    assert unexplained == [], "say what it is beside the key, in configs/smollm2.yaml"
 
 
 UNUSED_POOL = ("device", "chunk_tokens", "max_batch")
