@@ -34,18 +34,12 @@ class Decode:
     SHAPES = ((32, 4096), (1, 16384), (64, 1024), (256, 1024), (1, 1024))
     TUNINGS = (
         DecodeTuning(),
-        DecodeTuning(64, 2, 2, 4),
         DecodeTuning(64, 2, 3, 4),
-        DecodeTuning(64, 4, 2, 3),
-        DecodeTuning(64, 4, 2, 4),
+        DecodeTuning(64, 2, 4, 2),
+        DecodeTuning(64, 4, 4, 4),
         DecodeTuning(32, 1, 6, 4),
-        DecodeTuning(32, 1, 3, 3),
-        DecodeTuning(32, 1, 3, 4),
-        DecodeTuning(32, 1, 4, 4),
-        DecodeTuning(32, 2, 3, 4),
-        DecodeTuning(32, 2, 4, 4),
         DecodeTuning(32, 1, 3, 6),
-        DecodeTuning(16, 1, 6, 4),
+        DecodeTuning(128, 4, 2, 4),
     )
     READS = (
         ReadTuning(32, 4, 1),

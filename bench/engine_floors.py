@@ -38,6 +38,7 @@ _MAX_STEP_TOKENS = 8192
 _DECODE_STEPS = 12  # a turn
 _BUSY_STEPS = 24
 _READ_BYTES = 4 << 30
+_CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
 _ATTENTION_TOKENS = 8192  # where cuDNN's rate is taken for chunks behind a prefix
 
 _BIG = (
@@ -83,6 +84,7 @@ class Report:
     kv_blocks: int
     read_tb_s: float
     results: list[Result] = field(default_factory=list)
+    chunks: dict[int, float] = field(default_factory=dict)  # ms of a prompt of 8k, by chunk size
     kernels: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by case
 
 
@@ -118,6 +120,13 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.profile:
             report.kernels[case.name] = _profile(case, steps)
             _print_kernels(report.kernels[case.name])
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    if _chosen("chunks", arguments.only):
+        report.chunks = _chunks(steps, arguments.rounds)
+        least = min(report.chunks.values())
+        for chunk, ms in report.chunks.items():
+            print(f"a prompt of 8k in chunks of {chunk:5}: {ms:9.3f} ms, {ms / least:6.3f}")
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(asdict(report), indent=1) + "\n")
     print(
@@ -166,6 +175,12 @@ def _measure(case: Decode | Prefill, steps: Steps, floors: Floors, rounds: int) 
         [round(ratio, 4) for ratio in ratios],
         case.target,
     )
+
+
+def _chunks(steps: Steps, rounds: int) -> dict[int, float]:
+    """Milliseconds of a prompt by the size of its chunks, in turns."""
+    times = [{chunk: steps.in_chunks(8192, chunk) for chunk in _CHUNKS} for _ in range(rounds + 1)]
+    return {chunk: 1000 * statistics.median(turn[chunk] for turn in times[1:]) for chunk in _CHUNKS}
 
 
 def _overhead(case: Decode, steps: Steps, arguments: argparse.Namespace, target: float) -> Result:

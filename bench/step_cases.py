@@ -99,6 +99,22 @@ class Steps:
         self._engine.launch(plan).wait()
         return time.perf_counter() - started
 
+    def in_chunks(self, length: int, chunk: int) -> float:
+        """Seconds that a prompt of ``length`` tokens takes, read ``chunk`` tokens a step."""
+        new = self._sequences(1, length, length)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        launched: deque[StepHandle] = deque()
+        for start in range(0, length, chunk):
+            row = Row(0, start, chunk, sample=start + chunk == length)
+            launched.append(self._engine.launch(StepPlan(new, (row,))))
+            new = ()
+            if len(launched) >= self._engine.limits.max_inflight:
+                launched.popleft().wait()
+        while launched:
+            launched.popleft().wait()
+        return time.perf_counter() - started
+
     def _decode_plans(self, case: Decode, steps: int) -> Iterator[StepPlan]:
         """The context is the case's in the middle of them."""
         first = case.context - steps // 2 - 1  # the place of the first input token

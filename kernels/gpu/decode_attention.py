@@ -63,12 +63,13 @@ class SplitWorkspace:
         self.piece_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self.partial = torch.empty((pieces, num_q_heads, head_dim), device=device)  # fp32
         self.log_sums = torch.empty((pieces, num_q_heads), device=device)  # fp32, base 2
+        self.fresh = True  # no attention has followed the plan yet
         self.block_tables = torch.zeros((0, 0), dtype=torch.int32, device=device)
         self.context_lens = torch.zeros(0, dtype=torch.int32, device=device)
 
     def prepare(self, block_tables: Tensor, context_lens: Tensor) -> None:
         """See ``kernels.decode_attention.DecodeWorkspace.prepare``. Grid: (1,)."""
-        self.block_tables, self.context_lens = block_tables, context_lens
+        self.block_tables, self.context_lens, self.fresh = block_tables, context_lens, True
         batch = context_lens.shape[0]
         _plan_kernel[(1,)](
             context_lens,
@@ -142,19 +143,26 @@ def _pieces_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PLANNED: tl.constexpr,
     OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    await_previous(OVERLAP)
+    # The plan may be read while the kernel before this one ends, unless that one makes it.
+    if not PLANNED:
+        await_previous(OVERLAP)
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    if item < tl.load(first_ptr + batch):
-        row = tl.load(rows_ptr + item)
-        first_item = tl.load(first_ptr + row)
-        pieces = tl.load(first_ptr + row + 1) - first_item
-        piece_len = tl.load(piece_lens_ptr + row)
+    wanted = item < tl.load(first_ptr + batch)
+    row = tl.load(rows_ptr + item, mask=wanted, other=0)
+    first_item = tl.load(first_ptr + row)
+    pieces = tl.load(first_ptr + row + 1) - first_item
+    piece_len = tl.load(piece_lens_ptr + row)
+    length = tl.load(lens_ptr + row)
+    if PLANNED:
+        await_previous(OVERLAP)
+    if wanted:
         start = (item - first_item) * piece_len
-        end = tl.minimum(start + piece_len, tl.load(lens_ptr + row))
+        end = tl.minimum(start + piece_len, length)
 
         group = tl.arange(0, BLOCK_G)
         dim = tl.arange(0, BLOCK_D)
@@ -210,11 +218,11 @@ def _sum_kernel(
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    await_previous(OVERLAP)
     row = tl.program_id(0)
     head = tl.program_id(1)
-    first = tl.load(first_ptr + row)
+    first = tl.load(first_ptr + row)  # the pieces' kernel has waited for the plan
     end = tl.load(first_ptr + row + 1)
+    await_previous(OVERLAP)
     if end - first != 1:
         dim = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
         peak = float("-inf")
@@ -290,12 +298,14 @@ def decode_attention(
         BLOCK_G=max(triton.next_power_of_2(group), 16),
         BLOCK_D=block_d,
         BLOCK_N=tuning.block_n,
+        PLANNED=not workspace.fresh,
         OVERLAP=overlap(),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
         launch_pdl=overlap(),
     )
+    workspace.fresh = False
     # Few rows have many pieces each: then smaller stretches of a head, and more pieces at once.
     few = batch <= _FEW_ROWS
     sum_d = min(block_d, 32) if few else block_d
