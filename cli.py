@@ -47,6 +47,9 @@ _EXAMPLES = {
   pdserve chat "Why is the sky blue?" --max-tokens 64
   pdserve chat --url http://192.168.1.10:8000 --system "Answer in one sentence."
   pdserve chat < question.txt""",
+    "scale": """
+  pdserve scale --prefill 1 --decode 3
+  pdserve scale http://127.0.0.1:8080 --mixed 2""",
     "keys": """
   pdserve keys new ./keys
   scp -r keys second:pdserve/""",
@@ -140,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=[Policy.DISAGGREGATED.value, Policy.COLOCATED.value],
         help="two workers, or one; default: the router's choice",
     )
+
+    scale = command("scale", _scale, "give the workers of a running deployment other roles")
+    scale.add_argument("url", nargs="?", default=_DEFAULT_URL, metavar="URL")
+    for role in Role:
+        scale.add_argument(f"--{role}", type=int, default=0, metavar="N", help="so many of them")
 
     keys = command("keys", _keys, "make the keys that hosts of one deployment share")
     keys.add_argument("action", choices=["new"])
@@ -304,6 +312,13 @@ def _completion(arguments: argparse.Namespace) -> int:
     import shtab
 
     print(shtab.complete(_parser(), arguments.shell))
+    return 0
+
+
+def _scale(arguments: argparse.Namespace) -> int:
+    from .deploy.scale import scale
+
+    print(scale(arguments.url, {role: getattr(arguments, role) for role in Role}))
     return 0
 
 

@@ -56,6 +56,7 @@ class Worker:
     max_batch: int = 0
     silent: bool = False
     links: tuple[Link, ...] = ()
+    wanted_role: str = ""  # what it is to become, or is
 
 
 @dataclass(frozen=True, slots=True)

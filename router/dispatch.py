@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from ..core.config import Policy, PoolsSection
 from ..core.errors import RequestError
-from ..core.ids import WorkerRef
+from ..core.ids import Role, WorkerRef
 from ..core.messages import (
     AttemptFailed,
     Bye,
@@ -29,6 +29,7 @@ from ..core.messages import (
     Refused,
     ResyncCache,
     RouterBeat,
+    SetRole,
     Started,
     TokenBatch,
     TokenItem,
@@ -38,17 +39,20 @@ from ..core.messages import (
     WorkerBeat,
 )
 from .effects import Effect, Emit, End, Link, Say
+from .fleet import Fleet
 from .history import EventKind, History
 from .loads import Loads
-from .membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership, MemberState
+from .membership import DEAD_AFTER_S, Member, Membership, MemberState
 from .policy import decide, missing
 from .prefix_map import PrefixMap
 from .requests import Ask, Order, Request, State
-from .snapshot import Snapshot, WorkerView
+from .roles import Holder, Move, moves
+from .snapshot import Objectives
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 2.0  # from a placement to the beat that must list it
+TELL_ROLE_EVERY_S = 2.0  # a worker that says it has another
 BAD_LINK_S = 30.0  # a pair whose transfer failed is left alone for so long
 
 
@@ -60,6 +64,7 @@ class Dispatch:
         membership: Membership,
         epoch: int,
         salt: bytes = b"",
+        objectives: Objectives | None = None,
     ) -> None:
         self.members = membership
         self._policy = policy
@@ -68,7 +73,10 @@ class Dispatch:
         self._requests: dict[str, Request] = {}
         self._queue: deque[Request] = deque()  # the oldest first, replays before the others
         self._given: dict[WorkerRef, dict[str, Request]] = {}  # to each worker, by id
+        self._objectives = objectives or Objectives()
         self._loads = Loads()
+        self._fleet = Fleet(membership, self._loads)
+        self._roles: dict[str, Role] = {}  # that workers were given, whatever life they are in
         self.prefixes = PrefixMap(salt)
         self._bad_links: dict[tuple[WorkerRef, WorkerRef], float] = {}  # until when
         self._was_up = False
@@ -103,7 +111,7 @@ class Dispatch:
 
     def submit(self, ask: Ask, now: float) -> list[Effect]:
         request = self._requests[ask.request_id] = Request(ask, now)
-        placed = self._place(request, self._snapshot(now), now)
+        placed = self._place(request, now)
         if not placed:
             self._queue.append(request)
         return placed
@@ -187,8 +195,31 @@ class Dispatch:
         effects: list[Effect] = []
         for member in self.members.alive():
             member.state = MemberState.DRAINING
+            self._fleet.members_changed()
             effects.append(Say(member.link, Drain()))
         return effects
+
+    def scale(self, wanted: Mapping[Role, int], now: float) -> tuple[list[Move], list[Effect]]:
+        """Gives workers other roles, so that there are so many of each; RequestError where the
+        numbers are not those of the workers that are ready. A worker's next life keeps its role."""
+        ready = {
+            member.ref.worker_id: member
+            for member in self.members
+            if member.state is MemberState.READY
+        }
+        holders = [
+            Holder(worker_id, member.role, self._loads[member.ref].num_requests)
+            for worker_id, member in ready.items()
+        ]
+        found = moves(holders, wanted)
+        effects: list[Effect] = []
+        for move in found:
+            member = ready[move.worker_id]
+            log.info("%s is to be %s, not %s", member.ref, move.after, move.before)
+            self._roles[move.worker_id] = move.after
+            self.history.note(now, EventKind.MOVED, member.ref)
+            effects += self._set_role(member, move.after, now)
+        return found, effects + self._place_queued(now)
 
     # workers
 
@@ -205,15 +236,23 @@ class Dispatch:
             effects += self._gone(joined.replaced, now)
         if joined.new:
             self.prefixes.joined(joined.ref, hello.block_size)
+            self._fleet.members_changed()
             self.history.note(now, EventKind.JOINED, joined.ref)
+            member = self.members.get(joined.ref)
+            role = self._roles.get(joined.ref.worker_id)
+            if member is not None and role is not None:
+                effects += self._set_role(member, role, now)
         return effects + self._place_queued(now)
 
     def _beat(self, link: Link, beat: WorkerBeat, now: float) -> list[Effect]:
         member = self.members.beat(link, beat, now)
         if isinstance(member, Refused):
             return [Say(link, member)]
+        self._fleet.changed(member.ref)
         listed = set(beat.live)
         effects: list[Effect] = []
+        if member.role is not member.actual_role and now - member.told_at >= TELL_ROLE_EVERY_S:
+            effects += self._set_role(member, member.role, now)
         for request in self._on(member.ref):
             if request.key not in listed and request.listed_by(member.ref, now, GRACE_S):
                 log.warning("%s has lost %s", member.ref, request, extra=request.log_fields)
@@ -223,6 +262,7 @@ class Dispatch:
     def _gone(self, ref: WorkerRef, now: float, *, strike: bool = True) -> list[Effect]:
         """That life of a worker is over: what needs it is replayed."""
         self.prefixes.gone(ref)
+        self._fleet.members_changed()
         effects: list[Effect] = []
         lost = [request for request in self._on(ref) if request.needs(ref)]
         level = logging.WARNING if strike else logging.INFO
@@ -234,7 +274,12 @@ class Dispatch:
         return effects + self._place_queued(now)
 
     def _lacks(self, pools: PoolsSection) -> str | None:
-        return missing(self._policy, pools, [member.hello.role for member in self.members.alive()])
+        return missing(self._policy, pools, [member.role for member in self.members.alive()])
+
+    def _set_role(self, member: Member, role: Role, now: float) -> list[Effect]:
+        member.wanted, member.told_at = role, now
+        self._fleet.changed(member.ref)
+        return [Say(member.link, SetRole(role))]
 
     def _on(self, ref: WorkerRef) -> list[Request]:
         """What that worker has been given."""
@@ -254,6 +299,8 @@ class Dispatch:
                 effects.append(Emit(request.id, item, request.marks.gap))
                 if not request.over:
                     self._loads.token(request.id)
+                    if not num_before and request.placement is not None:
+                        self._fleet.changed(*request.placement.workers)
             effects += changed
             if request.attempt != attempt:
                 log.warning(
@@ -291,6 +338,7 @@ class Dispatch:
         effects = self._tell(transition())
         if before is not None and request.placement is None:
             self._loads.left(request.id)
+            self._fleet.changed(*before.workers)
             for worker in before.workers:
                 del self._given[worker][request.id]
                 if not self._given[worker]:
@@ -305,46 +353,27 @@ class Dispatch:
     def _place_queued(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         queue, self._queue = self._queue, deque()
-        snapshot = self._snapshot(now) if queue else Snapshot(())
         for request in queue:
             if request.over:
                 continue
-            placed = self._place(request, snapshot, now)
-            if placed:
-                snapshot = self._snapshot(now)  # with its load
-            else:
+            placed = self._place(request, now)
+            if not placed:
                 self._queue.append(request)
             effects += placed
         return effects
 
-    def _place(self, request: Request, snapshot: Snapshot, now: float) -> list[Effect]:
+    def _place(self, request: Request, now: float) -> list[Effect]:
         """Nothing where no worker can take it now."""
         cached = self.prefixes.cached_tokens(request.token_ids, request.block_names)
-        placement = decide(self._policy, snapshot, request.wish(cached))
+        snapshot = self._fleet.snapshot(now, self._bad_links)
+        placement = decide(self._policy, snapshot, request.wish(cached, self._objectives, now), now)
         if placement is None:
             return []
         self._loads.placed(request.id, placement, request.num_tokens)
+        self._fleet.changed(*placement.workers)
         for worker in placement.workers:
             self._given.setdefault(worker, {})[request.id] = request
         return self._tell(request.place(placement, self._address, now))
-
-    def _snapshot(self, now: float) -> Snapshot:
-        views = []
-        for member in self.members:
-            if member.state is MemberState.READY and now - member.heard <= SILENT_AFTER_S:
-                load = self._loads[member.ref]
-                views.append(
-                    WorkerView(
-                        member.ref,
-                        member.hello.role,
-                        member.hello.max_context,
-                        member.capacity,
-                        load.prefill_tokens,
-                        load.kv_tokens,
-                        load.num_requests,
-                    )
-                )
-        return Snapshot(tuple(views), frozenset(self._bad_links))
 
     def _address(self, ref: WorkerRef) -> PeerAddress:
         member = self.members.get(ref)

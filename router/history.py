@@ -16,6 +16,7 @@ class EventKind(StrEnum):
     JOINED = "joined"
     LEFT = "left"  # of its own will
     DIED = "died"
+    MOVED = "moved"  # to another role
 
 
 @dataclass(frozen=True, slots=True)

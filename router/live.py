@@ -77,7 +77,8 @@ def shown_worker(member: Member, now: float) -> dict[str, Any]:
     silent_s = now - member.heard
     return {
         "id": member.ref.worker_id,
-        "role": hello.role,
+        "role": member.actual_role,
+        "wanted_role": member.role,
         "state": member.state,
         "silent": silent_s > SILENT_AFTER_S,
         "heard_s": round(silent_s, 2),
@@ -92,7 +93,7 @@ def shown_worker(member: Member, now: float) -> dict[str, Any]:
         },
         "waiting": member.waiting,
         "running": member.running,
-        "max_batch": hello.max_batch,
+        "max_batch": member.max_batch,
         "links": [
             {"worker_id": link.worker_id, "medium": link.medium.value} for link in member.links
         ],

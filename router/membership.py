@@ -14,8 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..core.ids import WorkerRef
-from ..core.messages import PROTOCOL_VERSION, BlockCounts, Hello, PeerLink, Refused, WorkerBeat
+from ..core.cost import StepCost
+from ..core.ids import Role, WorkerRef
+from ..core.messages import (
+    PROTOCOL_VERSION,
+    BlockCounts,
+    Duty,
+    Hello,
+    PeerLink,
+    Refused,
+    WorkerBeat,
+)
 from .effects import Link
 
 DEAD_AFTER_S = 5.0
@@ -43,6 +52,10 @@ class Member:
     running: int = 0
     links: tuple[PeerLink, ...] = ()  # whom it sends KV blocks to, and how
     state: MemberState = MemberState.READY
+    duty: Duty | None = None  # as its beats say; None before the first one
+    factors: tuple[float, float] = (1.0, 1.0)  # of its cost: prefill, decode
+    wanted: Role | None = None  # the role that it was given last, if ever
+    told_at: float = 0.0
 
     @property
     def ref(self) -> WorkerRef:
@@ -51,6 +64,29 @@ class Member:
     @property
     def alive(self) -> bool:
         return self.state is not MemberState.DEAD
+
+    @property
+    def role(self) -> Role:
+        """What it is used as: the role that it was given counts from the moment it was."""
+        return self.wanted or self.actual_role
+
+    @property
+    def actual_role(self) -> Role:
+        """What it says it is."""
+        return self.duty.role if self.duty is not None else self.hello.role
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.duty.chunk_tokens if self.duty is not None else self.hello.chunk_tokens
+
+    @property
+    def max_batch(self) -> int:
+        return self.duty.max_batch if self.duty is not None else self.hello.max_batch
+
+    @property
+    def cost(self) -> StepCost | None:
+        """What its steps take by now."""
+        return self.hello.cost.scaled(*self.factors) if self.hello.cost is not None else None
 
     @property
     def capacity(self) -> int:
@@ -122,6 +158,8 @@ class Membership:
         member.heard = now
         member.blocks, member.waiting, member.running = beat.blocks, beat.waiting, beat.running
         member.links = beat.links
+        member.duty = beat.duty
+        member.factors = beat.prefill_factor, beat.decode_factor
         return member
 
     def lost(self, ref: WorkerRef) -> None:

@@ -231,7 +231,7 @@ class _States(Collector):
         yield requests
         workers = GaugeMetricFamily("pdserve_workers", "Workers", labels=["role", "state"])
         members = list(dispatch.members)
-        found = Count((member.hello.role, member.state) for member in members)
+        found = Count((member.actual_role, member.state) for member in members)
         for role in Role:
             for state in MemberState:
                 workers.add_metric([role, state], found[role, state])
@@ -245,7 +245,7 @@ class _States(Collector):
         for member in members:
             if not member.alive:
                 continue
-            who = [member.ref.worker_id, member.hello.role]
+            who = [member.ref.worker_id, member.actual_role]
             running.add_metric(who, member.running)
             waiting.add_metric(who, member.waiting)
             for name in ("free", "cached", "held"):

@@ -30,6 +30,7 @@ from ..core.config import Deployment
 from ..core.errors import StartupError
 from ..core.ids import new_epoch
 from ..core.keys import admit, require_safe_bind
+from .admin import add_admin
 from .app import make_app
 from .control import ControlSockets
 from .dispatch import Dispatch
@@ -37,6 +38,7 @@ from .front import Front
 from .membership import Membership
 from .metrics import Metrics
 from .service import Service
+from .snapshot import Objectives
 from .tokenizer import Tokenizer
 from .tracing import Spans
 
@@ -90,8 +92,11 @@ async def serving(
     written.unlink(missing_ok=True)  # of an earlier life
     async with _control(deployment, card, run_dir) as service, _traced(deployment, card, service):
         front = Front(deployment, card, tokenizer, service)
+        app = make_app(front)
+        token = secrets.token_urlsafe(32)
+        add_admin(app, service, token)
         runner = web.AppRunner(
-            make_app(front),
+            app,
             handler_cancellation=True,
             access_log=None,
             logger=_http_log(),
@@ -100,7 +105,7 @@ async def serving(
         await runner.setup()
         try:
             host, port = await _bind(runner, deployment)
-            _write(written, {"host": host, "port": port, "pid": os.getpid()})
+            _write(written, {"host": host, "port": port, "pid": os.getpid(), "token": token})
             log.info("listening at %s:%d", host, port)
             yield service
         finally:
@@ -133,7 +138,12 @@ async def _control(
     keys = require_safe_bind(remote, deployment.security) if remote is not None else None
     membership = Membership(card.fingerprint)
     dispatch = Dispatch(
-        deployment.router.policy, deployment.pools, membership, new_epoch(), _salt(run_dir)
+        deployment.router.policy,
+        deployment.pools,
+        membership,
+        new_epoch(),
+        _salt(run_dir),
+        Objectives(deployment.slo.ttft_ms, deployment.slo.tpot_ms),
     )
     context: zmq.Context[Any] = zmq.Context()
     with contextlib.ExitStack() as stack:
@@ -192,5 +202,6 @@ def _http_log() -> logging.Logger:
 def _write(path: Path, content: dict[str, Any]) -> None:
     """All at once: whoever finds the file finds it whole."""
     new = path.with_suffix(".new")
+    new.touch(mode=0o600)
     new.write_text(json.dumps(content), encoding="utf-8")
     new.replace(path)

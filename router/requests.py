@@ -35,7 +35,7 @@ from ..core.messages import (
     TransferDone,
 )
 from ..core.params import SamplingParams
-from .snapshot import Forecast, Placement, Wish
+from .snapshot import Forecast, Objectives, Placement, Wish
 from .timeline import Marks, Outcome, Stage, Timeline
 
 MAX_STRIKES = 2  # after so many it runs alone
@@ -134,10 +134,17 @@ class Request:
         """What the next attempt has to compute: the prompt, and the output so far."""
         return (*self.ask.prompt, *self.output) if self.output else self.ask.prompt
 
-    def wish(self, cached: Mapping[WorkerRef, int]) -> Wish:
+    def wish(self, cached: Mapping[WorkerRef, int], objectives: Objectives, now: float) -> Wish:
         """``cached``: how many of its tokens each worker holds already."""
-        total = len(self.ask.prompt) + self.ask.params.max_tokens
-        return Wish(self.num_tokens, total, self.ask.route, self.alone, cached_tokens=cached)
+        return Wish(
+            self.num_tokens,
+            len(self.ask.prompt) + self.ask.params.max_tokens,
+            self.ask.route,
+            self.alone,
+            objectives,
+            waited_ms=1e3 * max(0.0, now - self.marks.arrived) if not self.output else 0.0,
+            cached_tokens=cached,
+        )
 
     @property
     def stage(self) -> Stage:

@@ -11,12 +11,13 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core.clock import Clock
 from ..core.config import Admission, RouterSection, SloSection
 from ..core.errors import RequestError, Unavailable
+from ..core.ids import Role
 from ..core.messages import TokenBatch, TokenItem, ToRouter, TransferDone
 from . import live
 from .control import ControlSockets
@@ -24,6 +25,7 @@ from .dispatch import Dispatch
 from .effects import Effect, Emit, End, Link, Say
 from .metrics import Metrics
 from .requests import Ask, State
+from .roles import Move
 from .timeline import Recent, Timeline
 
 log = logging.getLogger(__name__)
@@ -145,6 +147,12 @@ class Service:
         elif isinstance(message, TransferDone):
             self.metrics.transfer(message)
         self._run(self.dispatch.receive(link, message, self._clock()))
+
+    def scale(self, wanted: Mapping[Role, int]) -> list[Move]:
+        """See ``Dispatch.scale``."""
+        moves, effects = self.dispatch.scale(wanted, self._clock())
+        self._run(effects)
+        return moves
 
     def workers(self) -> list[dict[str, Any]]:
         now = self._clock()

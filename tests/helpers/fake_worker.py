@@ -35,6 +35,7 @@ from pdserve.core.messages import (
     Place,
     Refused,
     RouterBeat,
+    SetRole,
     Started,
     TokenBatch,
     TokenItem,
@@ -96,6 +97,7 @@ class FakeWorker:
         self.beaten: RouterBeat | None = None  # the router's last beat
         self.refused: Refused | None = None
         self.drained = False
+        self.role_set: Role | None = None
         self.hold_after: int | None = None  # tokens of an output; then it waits to be released
         self.hold_tokens = False  # places are taken, and nothing is written
         self.silent = False
@@ -183,6 +185,8 @@ class FakeWorker:
                 self.beaten = message
                 for key in [key for key in self._running if key not in live]:
                     self._end(key)
+            case SetRole(role):
+                self.role_set = role
             case Drain():
                 self.drained = True
 

@@ -21,6 +21,7 @@ from pdserve.core.messages import (
     Bye,
     CacheEvents,
     Drain,
+    Duty,
     FailureKind,
     FinishReason,
     Hello,
@@ -30,6 +31,7 @@ from pdserve.core.messages import (
     Refused,
     ResyncCache,
     RouterBeat,
+    SetRole,
     Started,
     TokenBatch,
     TokenItem,
@@ -37,10 +39,11 @@ from pdserve.core.messages import (
     WorkerBeat,
 )
 from pdserve.core.params import SamplingParams
-from pdserve.router.dispatch import BAD_LINK_S, GRACE_S, Dispatch
+from pdserve.router.dispatch import BAD_LINK_S, GRACE_S, TELL_ROLE_EVERY_S, Dispatch
 from pdserve.router.effects import Effect, Emit, End, Link, Say
 from pdserve.router.membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership
 from pdserve.router.requests import Ask, State
+from pdserve.router.roles import Move
 from pdserve.router.timeline import Outcome, Timeline
 
 BLOCKS = BlockCounts(64, 64, 0, 0)
@@ -458,3 +461,45 @@ def test_whatever_happens_every_index_comes_once_and_every_request_ends(
     assert world.dispatch.num_requests == 0
     for effect in world.dispatch.beats():
         assert isinstance(effect, Say) and effect.message == RouterBeat(())
+
+
+def roles_told(effects: list[Effect]) -> list[tuple[str, Role]]:
+    return [
+        (effect.link.identity.decode().partition("@")[0], effect.message.role)
+        for effect in effects
+        if isinstance(effect, Say) and isinstance(effect.message, SetRole)
+    ]
+
+
+def role_beat(world: World, name: str, role: Role, *live: Key) -> list[Effect]:
+    state = WorkerBeat(BlockCounts(64, 64, 0, 0), 0, 0, live, duty=Duty(role, 64, 8))
+    return world.says(name, state)
+
+
+def test_a_new_role_counts_at_once_and_is_said_until_the_worker_has_it() -> None:
+    world = World(Policy.DISAGGREGATED)
+    world.join("p1", "p2", "d1")
+    found, effects = world.dispatch.scale({Role.PREFILL: 1, Role.DECODE: 2}, 0.0)
+    assert found == [Move("p1", Role.PREFILL, Role.DECODE)]
+    assert roles_told(effects) == [("p1", Role.DECODE)]
+    assert [place[:2] for place in places(world.submit(ask()))] == [
+        ("d1", Task.DECODE),
+        ("p2", Task.PREFILL),
+    ]
+    assert [place[0] for place in places(world.submit(ask(1)))] == ["p1", "p2"]
+    member = world.dispatch.members.get(world.ref("p1"))
+    assert member is not None and (member.role, member.actual_role) == (Role.DECODE, Role.PREFILL)
+    key = Key(request_id(1), 1)
+    assert roles_told(role_beat(world, "p1", Role.PREFILL, key)) == []
+    assert roles_told(role_beat(world.at(TELL_ROLE_EVERY_S), "p1", Role.PREFILL, key)) == [
+        ("p1", Role.DECODE)
+    ]
+    assert roles_told(role_beat(world.at(3 * TELL_ROLE_EVERY_S), "p1", Role.DECODE, key)) == []
+    assert member.actual_role is Role.DECODE
+
+
+def test_the_next_life_of_a_worker_is_given_its_role_again() -> None:
+    world = World()
+    world.join("p", "d")
+    world.dispatch.scale({Role.MIXED: 2}, 0.0)
+    assert roles_told(world.join("p")) == [("p", Role.MIXED)]

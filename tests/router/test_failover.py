@@ -14,7 +14,7 @@ from router_net import MODEL, Router, router, run, split, until
 
 from pdserve.core.ids import Role, Task
 from pdserve.core.messages import FailureKind, WorkerBeat
-from pdserve.router import answer, dispatch, membership
+from pdserve.router import answer, dispatch, fleet, membership
 
 PLAIN = "/v1/completions"
 DISAGGREGATED = {"policy": "disaggregated"}
@@ -195,7 +195,7 @@ def test_what_a_worker_does_not_list_is_replayed(monkeypatch: pytest.MonkeyPatch
 
 def test_a_silent_worker_is_dead_and_must_rejoin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "DEAD_AFTER_S", 0.8)
-    monkeypatch.setattr(dispatch, "SILENT_AFTER_S", 0.4)
+    monkeypatch.setattr(fleet, "SILENT_AFTER_S", 0.4)
 
     async def main() -> None:
         async with split(router=DISAGGREGATED) as (up, _, decode):

@@ -1,0 +1,51 @@
+"""``pdserve scale``: other roles for the workers of a running deployment of this user."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ..core.errors import StartupError
+from ..core.ids import Role
+from .fetch import post_events
+from .rundir import base_folder
+from .status import cluster_table, read_cluster
+
+LIMIT_S = 30.0  # for a worker to finish what its old role has begun
+_TIMEOUT_S = 5.0
+_POLL_S = 0.1
+
+
+def scale(url: str, wanted: Mapping[Role, int], limit_s: float = LIMIT_S) -> str:
+    """Asks, waits until every worker says that it is what it should be, and shows the table.
+
+    Raises StartupError where the router won't, or a worker does not follow.
+    """
+    body = {role.value: count for role, count in wanted.items()}
+    headers = {"Authorization": f"Bearer {_token(url)}"}
+    for answer in post_events(f"{url.rstrip('/')}/admin/roles", body, _TIMEOUT_S, headers):
+        if "error" in answer:
+            raise StartupError(str(answer["error"]["message"]))
+    end = time.monotonic() + limit_s
+    while late := [w.id for w in read_cluster(url).workers if w.role != w.wanted_role]:
+        if time.monotonic() > end:
+            raise StartupError(f"{', '.join(late)}: still in the old role after {limit_s:.0f} s")
+        time.sleep(_POLL_S)
+    return cluster_table(url)
+
+
+def _token(url: str) -> str:
+    """That of the router which listens at the port of ``url``: in its run folder."""
+    port = urlsplit(url).port or 80
+    for path in _http_files(base_folder()):
+        found = json.loads(path.read_bytes())
+        if found.get("port") == port and "token" in found:
+            return str(found["token"])
+    raise StartupError(f"no deployment that you have started on this host listens at {url}")
+
+
+def _http_files(base: Path) -> list[Path]:
+    return sorted(base.glob("*/http.json"))

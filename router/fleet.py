@@ -1,0 +1,65 @@
+"""The workers that take requests, as ``decide`` sees them: rows that are kept as they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..core.ids import WorkerRef
+from .loads import Loads
+from .membership import SILENT_AFTER_S, Member, Membership, MemberState
+from .snapshot import Link, Snapshot, WorkerView
+
+_LOOK_EVERY_S = 0.1  # whether somebody has fallen silent, or speaks again
+
+
+class Fleet:
+    def __init__(self, members: Membership, loads: Loads) -> None:
+        self._members = members
+        self._loads = loads
+        self._snapshot = Snapshot(())
+        self._refs: list[WorkerRef] = []
+        self._looked: float | None = None
+
+    def snapshot(self, now: float, bad_links: Iterable[Link]) -> Snapshot:
+        """As of now. It is the fleet's own, and changes with it."""
+        if self._looked is None or not 0 <= now - self._looked < _LOOK_EVERY_S:
+            self._looked = now
+            able = [member for member in self._members if _takes_requests(member, now)]
+            refs = [member.ref for member in able]
+            if refs != self._refs:
+                self._refs = refs
+                self._snapshot = Snapshot([self._view(member) for member in able])
+        self._snapshot.bad_links = frozenset(bad_links)
+        return self._snapshot
+
+    def members_changed(self) -> None:
+        """Somebody has come, gone, or will take nothing more."""
+        self._looked = None
+
+    def changed(self, *workers: WorkerRef) -> None:
+        """Their loads, or what they say of themselves."""
+        for ref in workers:
+            member = self._members.get(ref)
+            if member is not None and ref in self._snapshot.index:
+                self._snapshot.update(self._view(member))
+
+    def _view(self, member: Member) -> WorkerView:
+        load, cost = self._loads[member.ref], member.cost
+        return WorkerView(
+            member.ref,
+            member.role,
+            member.hello.max_context,
+            member.capacity,
+            load.prefill_tokens,
+            load.kv_tokens,
+            load.num_requests,
+            cost,
+            member.chunk_tokens,
+            member.max_batch,
+            prefill_ms=cost.prefill.work_ms(load.prefill_tokens) if cost is not None else 0.0,
+            batch=load.num_requests,
+        )
+
+
+def _takes_requests(member: Member, now: float) -> bool:
+    return member.state is MemberState.READY and now - member.heard <= SILENT_AFTER_S
