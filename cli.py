@@ -316,9 +316,11 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 
 def _scale(arguments: argparse.Namespace) -> int:
+    from .deploy import status
     from .deploy.scale import scale
 
-    print(scale(arguments.url, {role: getattr(arguments, role) for role in Role}))
+    scale(arguments.url, {role: getattr(arguments, role) for role in Role})
+    status.show(arguments.url)
     return 0
 
 

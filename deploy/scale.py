@@ -12,15 +12,15 @@ from ..core.errors import StartupError
 from ..core.ids import Role
 from .fetch import post_events
 from .rundir import base_folder
-from .status import cluster_table, read_cluster
+from .status import Worker, read_cluster
 
 LIMIT_S = 30.0  # for a worker to finish what its old role has begun
 _TIMEOUT_S = 5.0
 _POLL_S = 0.1
 
 
-def scale(url: str, wanted: Mapping[Role, int], limit_s: float = LIMIT_S) -> str:
-    """Asks, waits until every worker says that it is what it should be, and shows the table.
+def scale(url: str, wanted: Mapping[Role, int], limit_s: float = LIMIT_S) -> None:
+    """Asks, and waits until every worker says that it is what it should be.
 
     Raises StartupError where the router won't, or a worker does not follow.
     """
@@ -30,11 +30,14 @@ def scale(url: str, wanted: Mapping[Role, int], limit_s: float = LIMIT_S) -> str
         if "error" in answer:
             raise StartupError(str(answer["error"]["message"]))
     end = time.monotonic() + limit_s
-    while late := [w.id for w in read_cluster(url).workers if w.role != w.wanted_role]:
+    while late := [worker.id for worker in read_cluster(url).workers if _on_its_way(worker)]:
         if time.monotonic() > end:
             raise StartupError(f"{', '.join(late)}: still in the old role after {limit_s:.0f} s")
         time.sleep(_POLL_S)
-    return cluster_table(url)
+
+
+def _on_its_way(worker: Worker) -> bool:
+    return worker.state == "ready" and worker.role != worker.wanted_role
 
 
 def _token(url: str) -> str:

@@ -208,7 +208,12 @@ class Dispatch:
             if member.state is MemberState.READY
         }
         holders = [
-            Holder(worker_id, member.role, self._loads[member.ref].num_requests)
+            Holder(
+                worker_id,
+                member.role,
+                self._loads[member.ref].num_requests,
+                member.hello.role,
+            )
             for worker_id, member in ready.items()
         ]
         found = moves(holders, wanted)

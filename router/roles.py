@@ -12,11 +12,12 @@ from ..core.ids import Role
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A worker in its role, and how much it would leave undone: requests."""
+    """A worker in its role, how many requests it has, and the role that it was started in."""
 
     worker_id: str
     role: Role
     num_requests: int = 0
+    native: Role | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,10 @@ class Move:
 
 
 def moves(workers: Iterable[Holder], wanted: Mapping[Role, int]) -> list[Move]:
-    """The fewest moves, of the least busy workers. RequestError where the sum is another."""
+    """The fewest moves: back to where workers were started, else of the least busy ones.
+
+    RequestError where there are not as many workers.
+    """
     there = sorted(workers, key=lambda one: (one.num_requests, one.worker_id))
     total = sum(wanted.values())
     if total != len(there):
@@ -39,8 +43,10 @@ def moves(workers: Iterable[Holder], wanted: Mapping[Role, int]) -> list[Move]:
     counts = Counter(one.role for one in there)
     open_roles = [role for role in Role for _ in range(wanted.get(role, 0) - counts[role])]
     found = []
-    for one in there:
-        if open_roles and counts[one.role] > wanted.get(one.role, 0):
-            counts[one.role] -= 1
-            found.append(Move(one.worker_id, one.role, open_roles.pop(0)))
+    for role in open_roles:
+        free = [one for one in there if counts[one.role] > wanted.get(one.role, 0)]
+        one = next((one for one in free if one.native is role), free[0])
+        there.remove(one)
+        counts[one.role] -= 1
+        found.append(Move(one.worker_id, one.role, role))
     return found

@@ -33,6 +33,11 @@ def test_the_fewest_and_least_busy_move(
     assert sorted(found, key=lambda move: move.worker_id) == [Move(*one) for one in expected]
 
 
+def test_workers_go_back_to_where_they_were_started() -> None:
+    holders = [Holder("a", M, 0, D), Holder("b", M, 1, P), Holder("c", M, 2, D)]
+    assert moves(holders, {P: 1, D: 2}) == [Move("b", M, P), Move("a", M, D), Move("c", M, D)]
+
+
 def test_another_number_of_workers_is_refused_in_words() -> None:
     with pytest.raises(RequestError, match="there are 1 workers, and 2 roles"):
         moves([Holder("a", P)], {P: 1, D: 1})
