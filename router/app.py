@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -129,7 +130,12 @@ class _Handlers:
 
     async def live(self, request: web.Request) -> web.Response:
         front = self._front
-        about = {"model": front.card.name, "chat": front.tokenizer.chats, "policy": front.policy}
+        about = {
+            "pid": os.getpid(),
+            "model": front.card.name,
+            "chat": front.tokenizer.chats,
+            "policy": front.policy,
+        }
         return web.json_response(about | front.service.live())
 
     async def page(self, request: web.Request) -> web.Response:

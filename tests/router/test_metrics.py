@@ -13,8 +13,10 @@ from fake_worker import FakeWorker
 from prometheus_client.parser import text_string_to_metric_families
 from router_net import MODEL, Router, router, run, split, until
 
-from pdserve.core.config import SloSection
+from pdserve.core.config import Policy, PoolsSection, SloSection
 from pdserve.core.ids import Role
+from pdserve.router.dispatch import Dispatch
+from pdserve.router.membership import Membership
 from pdserve.router.metrics import Metrics, around
 from pdserve.router.snapshot import Forecast
 from pdserve.router.timeline import Outcome, Stage, Timeline
@@ -228,6 +230,27 @@ def test_the_dashboard_names_metrics_that_there_are() -> None:
     assert len(asked) > 20 and asked <= found.names
     (charted,) = {panel["type"] for panel in board["panels"]} - {"row", "stat"}
     assert charted == "timeseries"
+
+
+def test_the_docs_explain_each_metric_and_no_other() -> None:
+    metrics = Metrics(SloSection(), "m")
+    metrics.watch(Dispatch(Policy.ADAPTIVE, PoolsSection(), Membership("f"), 1))
+    text = (ROOT / "docs/operations.md").read_text()
+    table = text.partition("## What each metric means")[2].partition("\n## ")[0]
+    explained = set(re.findall(r"`((?:pdserve|gen_ai_server)_\w+)`", table))
+    families = text_string_to_metric_families(metrics.render("")[0].decode())
+    there = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in families
+        if not family.name.startswith(("process_", "python_"))
+    }
+    assert explained == there
+
+
+def test_the_stages_in_the_docs_are_those_there_are() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    table = text.partition("## What a request's time goes to")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(Stage)
 
 
 @pytest.mark.parametrize(
