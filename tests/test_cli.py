@@ -55,12 +55,13 @@ def test_help_shows_commands_and_examples(capsys: pytest.CaptureFixture[str]) ->
         line.split()[0] for line in text.splitlines() if line[:5].strip() and line[:4] == "    "
     ]
     assert listed == [
-        *("serve", "check", "worker", "status", "chat", "keys", "bench", "completion")
+        *("serve", "check", "worker", "status", "chat", "scale", "keys", "bench", "completion")
     ]
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "check", "worker", "status", "chat", "keys", "bench", "completion"]
+    "command",
+    ["serve", "check", "worker", "status", "chat", "scale", "keys", "bench", "completion"],
 )
 def test_every_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
