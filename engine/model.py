@@ -112,6 +112,8 @@ class Model:
         """``[T, Hq * D]``, into ``out[T, Hq, D]`` where given."""
         kv_layer, count, chunks = self._kv_layers[layer], attention.num_singles, attention.chunks
         q, k, v = heads.q, heads.k, heads.v
+        if not count and chunks is not None:
+            return prefill_attention(q, k, v, kv_layer, self._scale, chunks, out).flatten(1)
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if count:

@@ -19,7 +19,7 @@ from ..prefill_attention import PrefillBatch
 from .gather_contexts import gather_contexts
 from .ragged_attention import dense_attention, paged_attention
 
-_MIN_CUDNN_TOKENS = 2048
+_MIN_CUDNN_TOKENS = 4096
 _MAX_GATHERED = 64  # tokens of context for each new one
 
 
@@ -54,12 +54,10 @@ def prefill_attention(
     out: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.prefill_attention.prefill_attention``."""
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    assert out.is_contiguous()
     match choose(batch, q.dtype, q.shape[2]):
         case PrefillPath.CUDNN:
-            return out.copy_(cudnn_attention(q, k, v, scale))
+            found = cudnn_attention(q, k, v, scale)
+            return found.contiguous() if out is None else out.copy_(found)
         case PrefillPath.DENSE:
             return dense_attention(q, k, v, scale, batch, out=out)
         case PrefillPath.GATHERED:

@@ -137,8 +137,7 @@ def test_prefill(
     [
         ((8192,), (8192,), PrefillPath.CUDNN),
         ((8000,), (8000,), PrefillPath.DENSE),  # a length of its own: a plan of its own
-        ((2048,), (2048,), PrefillPath.CUDNN),
-        ((1024,), (1024,), PrefillPath.DENSE),
+        ((2048,), (2048,), PrefillPath.DENSE),
         ((512,) * 16, (512,) * 16, PrefillPath.DENSE),
         ((2048,), (8192,), PrefillPath.GATHERED),
         ((512, 40), (8192, 40), PrefillPath.GATHERED),
