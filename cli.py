@@ -153,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("action", choices=["new"])
     _completes(keys.add_argument("folder", type=Path, metavar="DIR"), "DIRECTORY")
 
-    bench = command("bench", _bench, "measure: see `pdserve bench engine --help`")
-    bench.add_argument("what", choices=["engine"])
+    bench = command("bench", _bench, "measure: see `pdserve bench engine --help`, or transfer")
+    bench.add_argument("what", choices=["engine", "transfer"])
     bench.add_argument("options", nargs=argparse.REMAINDER)
 
     completion = command("completion", _completion, "print what makes a shell complete pdserve")
@@ -332,6 +332,10 @@ def _keys(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.what == "transfer":
+        from .bench import transfer
+
+        return transfer.main(arguments.options)
     from .bench import engine
 
     return engine.main(arguments.options)

@@ -16,10 +16,11 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
+from typing import TypeAlias
 
 from ..core.card import ModelCard
 from ..core.clock import monotonic
@@ -72,8 +73,14 @@ class _Wiring:
     join_keys: Keys | None
 
 
-def run(deployment: Deployment, card: ModelCard, post: Post) -> int:
-    """Serves until drained or told to end: the exit code.
+# the engine, what it may be asked for in each role, and how long to measure it
+Built: TypeAlias = tuple[Engine, dict[Role, Budget], float]
+Build: TypeAlias = Callable[[Deployment, ModelCard, Post], Built]
+
+
+def run(deployment: Deployment, card: ModelCard, post: Post, build: Build | None = None) -> int:
+    """Serves until drained or told to end: the exit code. ``build`` makes another engine than
+    the file asks for.
 
     Raises StartupError where the engine can't be built or the router refuses this worker,
     ConfigError where its sockets may not be bound as the file says.
@@ -86,7 +93,7 @@ def run(deployment: Deployment, card: ModelCard, post: Post) -> int:
     )
     stopper = _Stopper()
     sweep(_UNMAP_PATIENCE_S)
-    engine, budgets, limit_s = _engine(deployment, card, post)
+    engine, budgets, limit_s = (build or _engine)(deployment, card, post)
     try:
         cost = measure(engine, budgets[post.role].within(engine.limits), monotonic, limit_s)
         while not stopper.stopped:
@@ -213,10 +220,7 @@ def media_of(pool: KvPool, wanted: Medium | Auto) -> tuple[Medium, ...]:
     return (wanted,)
 
 
-def _engine(
-    deployment: Deployment, card: ModelCard, post: Post
-) -> tuple[Engine, dict[Role, Budget], float]:
-    """The engine, what it may be asked for in each role, and how long to measure it."""
+def _engine(deployment: Deployment, card: ModelCard, post: Post) -> Built:
     if deployment.engine is EngineKind.SIMULATED:
         from ..simulation.engine import SimulatedEngine, SimulatedModel
 

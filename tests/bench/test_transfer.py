@@ -1,0 +1,41 @@
+"""The transfer benchmark on small blocks: its report adds up, and what it moves has arrived."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pdserve.bench import transfer
+
+
+def test_a_report(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    sizes = ["--shape", "tiny", "--tokens", "16,256", "--repeats", "2", "--token-us", "0"]
+    assert transfer.main([*sizes, "--media", "shm", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    block = 2 * 2 * 2 * 16 * 16 * 4
+    assert report["block_bytes"] == block
+    assert [floor["tokens"] for floor in report["floors"]] == [16, 256, 2048]
+    assert {(pull["tokens"], pull["blocks"]) for pull in report["pulls"]} == {
+        (tokens, order) for tokens in (16, 256, 2048) for order in ("in a row", "scattered")
+    }
+    assert [(row["case"], row["tokens"]) for row in report["rows"]] == [
+        ("shm", tokens) for tokens in (16, 256, 2048)
+    ]
+    for row in report["rows"]:
+        assert row["bytes"] == row["tokens"] // 16 * block
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["moving_ms"] / 1e6)
+        assert 0 < row["exposed_ms"] <= row["moving_ms"] + row["waited_ms"] + 1e3
+        assert row["ratio"] > 0
+
+
+def test_what_arrives_beside_a_batch(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    options = ["--batch", "2", "--model", "tiny", "--tokens", "64", "--seconds", "0.2"]
+    assert transfer.main([*options, "--memory", "64MiB", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert (report["medium"], report["batch"]) == ("shm", 2)
+    assert report["prompts"] > 0 and report["tpot_alone_ms"] > 0
+    assert report["growth"] == pytest.approx(report["tpot_beside_ms"] / report["tpot_alone_ms"] - 1)
