@@ -94,6 +94,7 @@ Workers = Annotated[int, Field(ge=0, le=1024, strict=True, description="an integ
 BlockSize = Annotated[int, Field(ge=1, le=256, strict=True, description="an integer from 1 to 256")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Text = Annotated[str, Field(min_length=1, description="a text")]
+Names = Annotated[tuple[Text, ...], Field(max_length=64, description="a list of names")]
 Device = Annotated[
     str,
     Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, or one GPU: cuda:0"),
@@ -120,6 +121,7 @@ Url = Annotated[
 class ModelSection(_Section):
     path: Text  # a folder, a .gguf file, or a known name
     name: Text | None = None  # what /v1/models calls it; default: the last part of the path
+    aliases: Names = ()  # other names that a request may call it by
     dtype: Dtype = Dtype.AUTO
     load: Load = Load.AUTO
     max_context: PositiveOrAuto = "auto"  # auto: the model's own

@@ -91,6 +91,8 @@ def _yaml(value: object) -> str:
             return str(value).lower()
         case Enum():
             return str(value.value)
+        case tuple():
+            return f"[{', '.join(map(_yaml, value))}]"
         case float():
             return f"{value:g}"
         case _:

@@ -1,6 +1,7 @@
 """The HTTP application: OpenAI's paths, and those that say how the deployment is.
 
 POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}
+POST /tokenize, /detokenize
 GET /health     200 while the process lives
 GET /ready      200 when requests can be served, else 503 and why not
 GET /cluster    the policy, and every worker with its state and blocks
@@ -29,6 +30,7 @@ from ..core.logs import fields
 from .answer import Answer, ClientGone, Trace
 from .api.bodies import ChatBodies, CompletionBodies
 from .api.calls import Call, Chat, parse_chat, parse_completion
+from .api.tokens import parse_detokenize, parse_tokenize
 from .errors import error_response, internal_error, of_http
 from .front import Front
 from .metrics import Metrics
@@ -55,6 +57,8 @@ def make_app(front: Front) -> web.Application:
         [
             web.post("/v1/chat/completions", handlers.chat),
             web.post("/v1/completions", handlers.completions),
+            web.post("/tokenize", handlers.tokenize),
+            web.post("/detokenize", handlers.detokenize),
             web.get("/v1/models", handlers.models),
             web.get("/v1/models/{name:.+}", handlers.model),
             web.get("/health", handlers.health),
@@ -95,7 +99,7 @@ class _Handlers:
             )
             trace.num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
             make = ChatBodies if call.chat else CompletionBodies
-            bodies = make(trace.call_id, front.card.name, front.tokenizer, call.include_usage)
+            bodies = make(trace.call_id, call.fields.model, front.tokenizer, call.include_usage)
             try:
                 return await Answer(request, call, bodies, generations, trace).respond()
             finally:
@@ -103,17 +107,30 @@ class _Handlers:
                     generation.close()
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [self._model()]})
+        data = [self._model(name) for name in self._front.names]
+        return web.json_response({"object": "list", "data": data})
 
     async def model(self, request: web.Request) -> web.Response:
-        if request.match_info["name"] != self._front.card.name:
-            raise RequestError(
-                "there is no such model here",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
-        return web.json_response(self._model())
+        name = request.match_info["name"]
+        self._front.check_model(name)
+        return web.json_response(self._model(name))
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        fields = parse_tokenize(await _body(request))
+        self._front.check_model(fields.model)
+        token_ids = await self._front.token_ids(fields.asked, special=fields.add_special_tokens)
+        return web.json_response(
+            {
+                "count": len(token_ids),
+                "max_model_len": self._front.max_context,
+                "tokens": token_ids,
+            }
+        )
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        fields = parse_detokenize(await _body(request))
+        self._front.check_model(fields.model)
+        return web.json_response({"prompt": self._front.text(fields.tokens)})
 
     async def health(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -155,12 +172,13 @@ class _Handlers:
             {"id": call_id, "timelines": [timeline.shown() for timeline in timelines]}
         )
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         return {
-            "id": self._front.card.name,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "pdserve",
+            "root": self._front.card.name,
             "max_model_len": self._front.max_context,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..core.card import ModelCard
@@ -15,6 +16,7 @@ from .generation import Generation
 from .policy import can_split
 from .requests import Ask
 from .service import Service
+from .snapshot import Objectives
 from .tokenizer import Tokenizer
 
 _SHORT_TEXT = 4096  # characters; a longer one is tokenized on another thread
@@ -28,6 +30,8 @@ class Front:
     ) -> None:
         limit = deployment.model.max_context
         self.card = card
+        self.names = (card.name, *deployment.model.aliases)
+        self._slo = deployment.slo
         self.service = service
         self.tokenizer = tokenizer
         self.policy = deployment.router.policy
@@ -49,15 +53,19 @@ class Front:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def check(self, call: Call) -> None:
-        """Raises RequestError for another model, or a route that there is not."""
-        if call.fields.model != self.card.name:
+    def check_model(self, name: str | None) -> None:
+        """Raises RequestError for another model; None is the one that there is."""
+        if name is not None and name not in self.names:
             raise RequestError(
-                f"there is no model {call.fields.model[:100]!r} here, but {self.card.name!r}",
+                f"there is no model {name[:100]!r} here, but {self.card.name!r}",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
+
+    def check(self, call: Call) -> None:
+        """Raises RequestError for another model, or a route that there is not."""
+        self.check_model(call.fields.model)
         joinable = self._router.control is not None
         if call.route is Policy.DISAGGREGATED and not (joinable or can_split(self._pools)):
             raise RequestError(
@@ -73,7 +81,12 @@ class Front:
 
         The call came under that id at that time, of the monotonic clock.
         """
-        prompts = [await self._token_ids(prompt) for prompt in call.prompts]
+        prompts = [await self.token_ids(prompt) for prompt in call.prompts]
+        echoes = (
+            [self._echo(*pair) for pair in zip(call.prompts, prompts, strict=True)]
+            if call.echo
+            else []
+        )
         seed = secrets.randbits(63) if call.fields.seed is None else call.fields.seed % 2**63
         deadline = self.service.deadline()
         asks = [
@@ -93,16 +106,44 @@ class Front:
                 traceparent,
                 call.chat,
                 arrived,
+                self._objectives(call),
+                call.fields.priority,
             )
             for prompt in prompts
             for choice in range(call.fields.n)
         ]
         return [
-            Generation(index, self.service.open(ask), self.tokenizer.decode, call.fields.stops)
+            Generation(
+                index,
+                self.service.open(ask),
+                self.tokenizer.decode,
+                call.fields.stops,
+                echoes[index // call.fields.n] if echoes else "",
+            )
             for index, ask in enumerate(asks)
         ]
 
-    async def _token_ids(self, prompt: Prompt) -> TokenIds:
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Special tokens as they are written; raises RequestError for ids that there are not."""
+        if not all(0 <= token_id < self.card.vocab_size for token_id in token_ids):
+            raise RequestError(
+                f"tokens must be ids in the vocabulary: 0 to {self.card.vocab_size - 1}",
+                param="tokens",
+                code="invalid_value",
+            )
+        return self.tokenizer.decode(token_ids, special=True)
+
+    def _objectives(self, call: Call) -> Objectives | None:
+        slo = call.fields.slo
+        if slo.ttft_ms is None and slo.tpot_ms is None:
+            return None
+        return Objectives(slo.ttft_ms or self._slo.ttft_ms, slo.tpot_ms or self._slo.tpot_ms)
+
+    def _echo(self, prompt: Prompt, token_ids: TokenIds) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids)
+
+    async def token_ids(self, prompt: Prompt, *, special: bool = True) -> TokenIds:
+        """``special``: with what the tokenizer puts before a plain text."""
         match prompt:
             case str(text):
                 size = len(text)
@@ -111,11 +152,11 @@ class Front:
             case token_ids:
                 return token_ids
         if size <= _SHORT_TEXT:
-            return self._encode(prompt)
+            return self._encode(prompt, special)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._encode, prompt)
+        return await loop.run_in_executor(self._threads, self._encode, prompt, special)
 
-    def _encode(self, prompt: str | Chat) -> TokenIds:
+    def _encode(self, prompt: str | Chat, special: bool) -> TokenIds:
         if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
+            return tuple(self.tokenizer.encode(prompt, special=special))
         return tuple(self.tokenizer.encode_chat(prompt.messages))

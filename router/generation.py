@@ -28,12 +28,20 @@ class Piece:
 class Generation:
     """Read it with ``next`` until a piece has ``finish``; ``close`` it in any case."""
 
-    def __init__(self, index: int, stream: Stream, decode: Decode, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        index: int,
+        stream: Stream,
+        decode: Decode,
+        stops: Sequence[str],
+        echo: str = "",
+    ) -> None:
         self.index = index  # of the choice, in the answer
         self.num_output_tokens = 0
         self._stream = stream
         self._detokenizer = Detokenizer(decode)
         self._stops = StopStrings(stops)
+        self._echo = echo  # stands before the first piece
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -53,7 +61,7 @@ class Generation:
         """The next tokens, as soon as there are any. Raises RequestError where it failed."""
         items = await self._stream.take()
         assert items, "read past its end"
-        text = ""
+        text, self._echo = self._echo, ""
         for num_taken, item in enumerate(items, start=1):
             text, stopped = self._push(item, text)
             if stopped:

@@ -68,6 +68,8 @@ class Ask:
     traceparent: str | None = None  # the client's own, for spans
     chat: bool = False
     arrived: float | None = None  # None: when it is submitted
+    objectives: Objectives | None = None  # its own; None: the deployment's
+    priority: int = 0  # the lower, the earlier
 
 
 class Request:

@@ -52,9 +52,9 @@ class Tokenizer:
         """Whether the model has a chat template."""
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         """A plain prompt, with what the tokenizer puts before one (such as a bos token)."""
-        return self._tokenizer.encode(text).ids
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Raises RequestError where there is no chat template, or it refuses the messages."""
@@ -65,9 +65,9 @@ class Tokenizer:
         text = self._template.render(messages)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Without special tokens; bytes that make no character become U+FFFD."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=not special)
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special ones too."""

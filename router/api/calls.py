@@ -7,7 +7,7 @@ number ``p * n + i`` of the answer. Every choice is a request of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ from ...core.config import Policy
 from ...core.errors import RequestError
 from ...core.params import MAX_LOGPROBS, SamplingParams
 from .body import parse_object, well_formed
-from .fields import Fields, ignored, parse, sampling
+from .fields import Fields, Ints, Texts, ignored, parse, sampling
 from .messages import parse_messages
 
 MAX_CALL_CHOICES = 128
@@ -44,9 +44,10 @@ class ChatFields(Fields):
 
 
 class CompletionFields(Fields):
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | Texts | Ints | Annotated[list[Ints], Field(fail_fast=True)] = Field(
         description="a text, a list of token ids, or a list of such prompts; none empty"
     )
+    echo: bool = Field(False, description="true or false")
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}"
     )
@@ -79,6 +80,10 @@ class Call:
     @property
     def include_usage(self) -> bool:
         return self.fields.stream and bool(self.fields.stream_options.include_usage)
+
+    @property
+    def echo(self) -> bool:
+        return isinstance(self.fields, CompletionFields) and self.fields.echo
 
     @property
     def route(self) -> Policy | None:
@@ -147,6 +152,12 @@ def parse_completion(data: bytes) -> Call:
     if body.get("logprobs") is False:  # some clients say it as for chat
         del body["logprobs"]
     fields = parse(CompletionFields, body)
+    if fields.echo and fields.logprobs is not None:
+        raise RequestError(
+            "echo can't be had together with logprobs: those of a prompt are not computed here",
+            param="echo",
+            code="unsupported_parameter",
+        )
     prompts = _prompts(fields.prompt)
     if not prompts or not all(prompts) or len(prompts) * fields.n > MAX_CALL_CHOICES:
         raise RequestError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ...core.errors import RequestError
 from ...core.params import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
@@ -19,6 +19,8 @@ from .body import first_fault, well_formed
 MAX_CHOICES = 8
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 512  # characters
+MAX_OBJECTIVE_MS = 3_600_000
+MAX_PRIORITY = 1000
 
 Allowed = Mapping[str, Callable[[Any], bool]]
 
@@ -48,11 +50,34 @@ _NO_OPS = frozenset(
 
 F = TypeVar("F", bound="Fields")
 
+# A list of a million wrong parts is refused at the first.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ints = Annotated[list[int], Field(fail_fast=True)]
+
+
+def _few_biases(found: Any) -> Any:
+    """Before each is looked at."""
+    if isinstance(found, dict) and len(found) > MAX_LOGIT_BIAS:
+        raise ValueError("too many")
+    return found
+
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     include_usage: bool | None = None
+
+
+_Milliseconds = Annotated[float, Field(gt=0, le=MAX_OBJECTIVE_MS)]
+
+
+class SloFields(BaseModel):
+    """What one request should meet; what it does not say is the deployment's."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    ttft_ms: _Milliseconds | None = None
+    tpot_ms: _Milliseconds | None = None
 
 
 class Fields(BaseModel):
@@ -68,7 +93,7 @@ class Fields(BaseModel):
     n: int = Field(1, ge=1, le=MAX_CHOICES, description=f"an integer from 1 to {MAX_CHOICES}")
     max_tokens: int | None = Field(None, ge=1, description="an integer, at least 1")
     min_tokens: int = Field(0, ge=0, description="an integer, at least 0")
-    stop: str | list[str] = Field(
+    stop: str | Texts = Field(
         [], description=f"a text or a list of up to {MAX_STOPS} texts, none empty"
     )
     stop_token_ids: list[int] = Field(
@@ -85,11 +110,24 @@ class Fields(BaseModel):
     repetition_penalty: float = Field(
         1.0, gt=0, le=100, description="a number more than 0 and up to 100"
     )
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)
+    ] = Field(
         {},
         max_length=MAX_LOGIT_BIAS,
         description=f"an object of up to {MAX_LOGIT_BIAS} token ids, each with a number "
         "from -100 to 100",
+    )
+    slo: SloFields = Field(
+        SloFields(),
+        description='an object such as {"ttft_ms": 500, "tpot_ms": 50}, each more than 0 '
+        f"and up to {MAX_OBJECTIVE_MS}",
+    )
+    priority: int = Field(
+        0,
+        ge=-MAX_PRIORITY,
+        le=MAX_PRIORITY,
+        description=f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}; the lower, the earlier",
     )
     route: Literal["disaggregated", "colocated"] | None = Field(
         None, description="disaggregated or colocated"
@@ -103,7 +141,7 @@ class Fields(BaseModel):
 def parse(model: type[F], body: Mapping[str, Any]) -> F:
     """The validated fields; raises RequestError, which names the field at fault."""
     for name, without in _WITHOUT.items():
-        if name in body and not without(body[name]):
+        if name in body and name not in model.model_fields and not without(body[name]):
             raise RequestError(
                 f"{name} is not supported here, but to say that it is not wanted",
                 param=name,

@@ -87,7 +87,7 @@ def test_a_saved_deployment_reads_back_as_itself(tmp_path: Path) -> None:
         (
             "model: smollm2",
             "model: found 'smollm2'; allowed: a section with the keys "
-            "path, name, dtype, load, max_context",
+            "path, name, aliases, dtype, load, max_context",
         ),
         ("model: {path: ''}", "model.path: found ''; allowed: a text"),
         ("model: {path: }", "model.path: found nothing; allowed: a text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -77,6 +78,12 @@ COMMON_FAULTS: list[tuple[str, Any]] = [
     ("max_tokens", "5"),
     ("max_tokens", 5.0),
     ("min_tokens", -1),
+    ("slo", 5),
+    ("slo", {"ttft_ms": 0}),
+    ("slo", {"tpot_ms": "fast"}),
+    ("slo", {"tpot_ms": 1e9}),
+    ("priority", 1.5),
+    ("priority", 10**9),
     ("stop", 5),
     ("stop", ""),
     ("stop", ["a", ""]),
@@ -143,7 +150,6 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(field: str, value: An
         ("store", True),
         ("best_of", 2),
         ("suffix", "end"),
-        ("echo", True),
         ("use_beam_search", True),
         ("web_search_options", {}),
     ],
@@ -393,3 +399,30 @@ def test_usage_in_a_stream_only() -> None:
     assert chat(stream=True, **wanted).include_usage
     assert not chat(**wanted).include_usage
     assert not chat(stream=True, stream_options={"include_obfuscation": False}).include_usage
+
+
+def test_echo_and_logprobs_are_not_had_together() -> None:
+    assert plain(echo=True).echo and not plain().echo and not chat().echo
+    error = refused(lambda: plain(echo=True, logprobs=0))
+    assert error.param == "echo" and error.code == "unsupported_parameter"
+    assert refused(lambda: chat(echo=True)).param == "echo"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [1.5] * 200_000},
+        {"prompt": [[[1]]] * 200_000},
+        {"prompt": [1] * 200_000 + ["x"]},
+        {"stop": [1] * 200_000},
+        {"logit_bias": {str(index): 1000 for index in range(100_000)}},
+    ],
+)
+def test_a_fault_repeated_is_looked_at_once(fields: dict[str, Any]) -> None:
+    data = json.dumps(PLAIN | fields).encode()
+    tracemalloc.start()
+    try:
+        refused(lambda: parse_completion(data))
+        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    finally:
+        tracemalloc.stop()
