@@ -6,22 +6,26 @@ timelines are kept.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.clock import Clock
 from ..core.config import SloSection
 from .dispatch import Dispatch
 from .membership import SILENT_AFTER_S, Member
 from .timeline import Outcome, Stage, Timeline
 
 WINDOW_S = 60.0
+_LOOK_S = 0.2
+_JUDGE_S = 1.0  # thousands of timelines are gone through
 _PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True, slots=True)
-class Objectives:
+class Recently:
     """What was met of late. A share is None where there was nothing to judge."""
 
     window_s: float
@@ -39,20 +43,24 @@ class Objectives:
         return self.num_good / self.window_s
 
     @staticmethod
-    def of(timelines: Iterable[Timeline], slo: SloSection, now: float, age_s: float) -> Objectives:
+    def of(timelines: Iterable[Timeline], slo: SloSection, now: float, age_s: float) -> Recently:
         """``age_s`` is how long the router has been there: a shorter window until it is full."""
         since = now - WINDOW_S
-        judged = [
-            one for one in timelines if one.finished >= since and one.outcome is not Outcome.ABORTED
-        ]
-        good = [one for one in judged if one.good(slo.ttft_ms / 1e3, slo.tpot_ms / 1e3)]
-        return Objectives(
-            max(1.0, min(WINDOW_S, age_s)),
-            len(judged),
-            len(good),
-            _percentiles([ttft for one in judged if (ttft := one.ttft) is not None]),
-            _percentiles([tpot for one in judged if (tpot := one.tpot) is not None]),
-        )
+        ttft_s, tpot_s = slo.ttft_ms / 1e3, slo.tpot_ms / 1e3
+        num_judged = num_good = 0
+        ttfts: list[float] = []
+        tpots: list[float] = []
+        for one in timelines:
+            if one.finished < since or one.outcome is Outcome.ABORTED:
+                continue
+            num_judged += 1
+            num_good += one.good(ttft_s, tpot_s)
+            if (ttft := one.ttft) is not None:
+                ttfts.append(ttft)
+            if (tpot := one.tpot) is not None:
+                tpots.append(tpot)
+        window_s = max(1.0, min(WINDOW_S, age_s))
+        return Recently(window_s, num_judged, num_good, _percentiles(ttfts), _percentiles(tpots))
 
     def shown(self) -> dict[str, Any]:
         return {
@@ -64,6 +72,44 @@ class Objectives:
             "ttft_ms": self.ttft_ms,
             "tpot_ms": self.tpot_ms,
         }
+
+
+class Live:
+    """One look for all who ask within ``_LOOK_S``, so that many pages cost no more than one."""
+
+    def __init__(
+        self, dispatch: Dispatch, recent: Iterable[Timeline], slo: SloSection, clock: Clock
+    ) -> None:
+        self._dispatch = dispatch
+        self._timelines = recent
+        self._slo = slo
+        self._clock = clock
+        self._begun = clock()
+        self._looked = self._judged = -math.inf
+        self._shown: dict[str, Any] = {}
+        self._recent: dict[str, Any] = {}
+
+    def shown(self, not_ready: str | None, num_tokens: int) -> dict[str, Any]:
+        now = self._clock()
+        if now - self._looked > _LOOK_S:
+            self._looked = now
+            age_s = now - self._begun
+            if now - self._judged > _JUDGE_S:
+                self._judged = now
+                self._recent = Recently.of(self._timelines, self._slo, now, age_s).shown()
+            dispatch = self._dispatch
+            self._shown = {
+                "not_ready": not_ready,
+                "uptime_s": round(age_s, 1),
+                "slo": {"ttft_ms": self._slo.ttft_ms, "tpot_ms": self._slo.tpot_ms},
+                "recent": self._recent,
+                "stages": stages_now(dispatch),
+                "output_tokens": num_tokens,
+                "workers": [shown_worker(member, now) for member in dispatch.members],
+                "transfers": transfers(dispatch),
+                "events": events(dispatch, now),
+            }
+        return self._shown
 
 
 def stages_now(dispatch: Dispatch) -> dict[str, int]:

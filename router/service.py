@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,10 +18,10 @@ from ..core.config import Admission, RouterSection, SloSection
 from ..core.errors import RequestError, Unavailable
 from ..core.ids import Role
 from ..core.messages import TokenBatch, TokenItem, ToRouter, TransferDone
-from . import live
 from .control import ControlSockets
 from .dispatch import Dispatch
 from .effects import Effect, Emit, End, Link, Say
+from .live import Live, shown_worker
 from .metrics import Metrics
 from .requests import Ask, State
 from .roles import Move
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 BEAT_S = 0.5
-LIVE_S = 0.2  # what is shown of the moment may be so old
 
 
 class Stream:
@@ -86,9 +84,7 @@ class Service:
         self.dispatch = dispatch
         self.recent = Recent()
         self.num_tokens = 0  # that were passed on
-        self._slo = slo
-        self._begun = clock()
-        self._live: tuple[float, dict[str, Any]] = (-math.inf, {})
+        self._live = Live(dispatch, self.recent, slo, clock)
         self.metrics = metrics
         metrics.watch(dispatch)
         self.on_ended: list[Callable[[Timeline], None]] = [self.recent.keep, metrics.ended]
@@ -156,27 +152,11 @@ class Service:
 
     def workers(self) -> list[dict[str, Any]]:
         now = self._clock()
-        return [live.shown_worker(member, now) for member in self.dispatch.members]
+        return [shown_worker(member, now) for member in self.dispatch.members]
 
     def live(self) -> dict[str, Any]:
-        """See ``live.py``. Looked up once for all who ask within ``LIVE_S``: do not change it."""
-        now = self._clock()
-        if now - self._live[0] > LIVE_S:
-            age_s = now - self._begun
-            dispatch, slo = self.dispatch, self._slo
-            shown = {
-                "not_ready": self.not_ready,
-                "uptime_s": round(age_s, 1),
-                "slo": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms},
-                "recent": live.Objectives.of(self.recent, slo, now, age_s).shown(),
-                "stages": live.stages_now(dispatch),
-                "output_tokens": self.num_tokens,
-                "workers": self.workers(),
-                "transfers": live.transfers(dispatch),
-                "events": live.events(dispatch, now),
-            }
-            self._live = now, shown
-        return self._live[1]
+        """See ``live.py``; it is shared: do not change it."""
+        return self._live.shown(self.not_ready, self.num_tokens)
 
     async def keep_time(self) -> None:
         """Ticks and beats, until cancelled."""
