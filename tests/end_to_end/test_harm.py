@@ -8,8 +8,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import openai
@@ -17,7 +18,11 @@ import pytest
 from served import SPLIT, Server, deployment, serve
 from texts import prose
 
+from pdserve.core.ids import Role
+from pdserve.deploy.scale import scale
+
 RELEASE_LIMIT_S = 2.0
+STOPPED_S = 20.0
 
 
 @pytest.mark.parametrize(
@@ -53,46 +58,132 @@ def test_a_client_that_hangs_up_frees_its_blocks(
     server.at_rest(RELEASE_LIMIT_S)
 
 
-@pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Server]:
-    with serve(deployment(tmp_path, SPLIT)) as running:
-        yield running
+Disturb = Callable[[], None]
+ADAPTIVE = SPLIT.replace("disaggregated", "adaptive")
+PROMPT = prose(40, seed=1)
+LONG = prose(900, seed=2)
 
 
-def test_a_killed_worker_comes_back_and_no_client_hangs(own_server: Server) -> None:
-    """Either worker in mid-answer: the stream goes on, or ends in an error event."""
-    with openai.OpenAI(base_url=f"{own_server.url}/v1", api_key="none", max_retries=0) as client:
+@dataclass
+class Own:
+    """A deployment that may be harmed, and what it answers when nothing happens."""
 
-        def ask(max_tokens: int, victim: str | None) -> str:
-            stream = client.completions.create(
-                model="smollm2",
-                prompt=prose(40, seed=1),
-                max_tokens=max_tokens,
-                temperature=0,
-                stream=True,
-                timeout=90,
-                extra_body={"ignore_eos": True},
-            )
-            text = ""
-            for number, chunk in enumerate(stream):
-                text += chunk.choices[0].text
-                if number == 5 and victim is not None:
-                    os.kill(own_server.workers()[victim]["pid"], signal.SIGKILL)
-            return text
+    server: Server
+    client: openai.OpenAI
+    undisturbed: dict[tuple[str, int], str] = field(default_factory=dict)
 
-        undisturbed = ask(64, None)
-        for victim in ("decode-0", "prefill-0"):
-            epoch = own_server.workers()[victim]["epoch"]
-            try:
-                assert ask(64, victim) == undisturbed
-            except openai.APIError as error:
-                assert "worker" in str(error)
-            own_server.wait_for(
-                f"{victim} is back",
-                lambda name=victim, old=epoch: (
-                    own_server.workers().get(name, {"epoch": old})["epoch"] != old
-                ),
-                60,
-            )
-            assert ask(8, None) == undisturbed[: len(ask(8, None))]
-        own_server.at_rest()
+    def ask(
+        self, prompt: str, max_tokens: int, route: str | None, disturb: Disturb | None = None
+    ) -> str:
+        """The text of a stream that is disturbed after its fifth token."""
+        body = {"ignore_eos": True} | ({"route": route} if route else {})
+        stream = self.client.completions.create(
+            model="smollm2",
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            timeout=120,
+            extra_body=body,
+        )
+        text = ""
+        for number, chunk in enumerate(stream):
+            text += chunk.choices[0].text
+            if number == 5 and disturb is not None:
+                disturb()
+        return text
+
+    def expected(self, prompt: str, max_tokens: int) -> str:
+        if (prompt, max_tokens) not in self.undisturbed:
+            text = self.ask(prompt, max_tokens, "disaggregated")
+            self.undisturbed[prompt, max_tokens] = text
+        return self.undisturbed[prompt, max_tokens]
+
+    def signal(self, number: signal.Signals, *workers: str) -> None:
+        pids = {name: worker["pid"] for name, worker in self.server.workers().items()}
+        for worker in workers:
+            os.kill(pids[worker], number)
+
+    def epochs(self) -> dict[str, int]:
+        return {name: worker["epoch"] for name, worker in self.server.workers().items()}
+
+    def rest(self, before: dict[str, int], *workers: str) -> None:
+        """These workers are back as others, and no block is held anywhere."""
+        self.server.wait_for(
+            f"{workers} are back",
+            lambda: all(
+                worker["state"] == "ready" and (worker["epoch"] != before[name])
+                for name, worker in self.server.workers().items()
+                if name in workers
+            ),
+            60,
+        )
+        self.server.at_rest()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
+    with (
+        serve(deployment(tmp_path_factory.mktemp("own"), ADAPTIVE)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield Own(server, client)
+
+
+@pytest.mark.parametrize(
+    "victims", [("decode-0",), ("prefill-0", "decode-0")], ids=["decode", "both"]
+)
+def test_workers_killed_in_mid_stream_cost_a_pause(own: Own, victims: tuple[str, ...]) -> None:
+    expected, epochs = own.expected(PROMPT, 64), own.epochs()
+    text = own.ask(PROMPT, 64, "disaggregated", lambda: own.signal(signal.SIGKILL, *victims))
+    assert text == expected
+    own.rest(epochs, *victims)
+
+
+def test_a_prefill_worker_killed_in_mid_prompt_costs_a_pause(own: Own) -> None:
+    epochs = own.epochs()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(own.ask, LONG, 8, "disaggregated")
+        own.server.wait_for(
+            "the prompt is computed", lambda: own.server.get("/live")["stages"]["prefill"], 20
+        )
+        own.signal(signal.SIGKILL, "prefill-0")
+        text = asked.result()
+    assert text == own.expected(LONG, 8)
+    own.rest(epochs, "prefill-0")
+
+
+def test_a_stopped_worker_is_left_for_another_and_comes_back(own: Own) -> None:
+    expected, epochs = own.expected(PROMPT, 64), own.epochs()
+    stopped: list[str] = []
+    begun = time.monotonic()
+
+    def stop() -> None:
+        busy = [name for name, worker in own.server.workers().items() if worker["running"]]
+        stopped.extend(busy)
+        own.signal(signal.SIGSTOP, *busy)
+
+    try:
+        assert own.ask(PROMPT, 64, None, stop) == expected
+        assert time.monotonic() - begun < STOPPED_S
+        time.sleep(max(0.0, begun + STOPPED_S - time.monotonic()))
+    finally:
+        own.signal(signal.SIGCONT, *stopped)
+    assert len(stopped) == 1
+    own.rest(epochs, *stopped)
+
+
+def test_roles_change_under_load(own: Own) -> None:
+    """Four streams at a time, and one change after the other until the last one is through."""
+    expected = own.expected(PROMPT, 32)
+    roles = ({Role.MIXED: 2}, {Role.DECODE: 2}, {Role.PREFILL: 1, Role.DECODE: 1})
+    num_changes = 0
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(own.ask, PROMPT, 32, None) for _ in range(8)]
+        while not all(one.done() for one in asked):
+            scale(own.server.url, roles[num_changes % 3])
+            num_changes += 1
+        assert {one.result() for one in asked} == {expected}
+    assert num_changes >= 2
+    scale(own.server.url, {Role.PREFILL: 1, Role.DECODE: 1})
+    own.server.at_rest()

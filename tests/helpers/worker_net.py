@@ -24,6 +24,7 @@ from pdserve.core.messages import (
     PeerAddress,
     Place,
     RouterBeat,
+    SetRole,
     Started,
     TokenBatch,
     ToRouter,
@@ -106,7 +107,11 @@ class Worker:
         self.core = WorkerCore(
             Role.MIXED,
             dict.fromkeys(Role, budget)
-            | {Role.DECODE: replace(budget, chunk_tokens=decode_chunk or shape.chunk_tokens)},
+            | {
+                Role.DECODE: replace(
+                    budget, chunk_tokens=decode_chunk or max(1, shape.chunk_tokens // 2)
+                )
+            },
             self.engine.limits,
             layout,
             Sender(settings, self.handshake, self.engine.kv.generations),
@@ -287,6 +292,9 @@ class Net:
                 if name in request.workers and not request.done
             )
             self._control(name, RouterBeat(live))
+
+    def give_role(self, name: str, role: Role) -> None:
+        self._control(name, SetRole(role))
 
     def _control(self, name: str, message: ToWorker) -> None:
         worker = self.workers[name]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_net import MODEL, Net, Request, Shape, Worker
 
+from pdserve.core.ids import Role
 from pdserve.core.messages import FailureKind
 from pdserve.core.params import SamplingParams
 
@@ -140,7 +141,7 @@ def test_two_workers_that_do_everything_for_each_other(
     st.sampled_from([0.0, 0.1]),
     st.sampled_from([0.0, 0.1]),
 )
-def test_hang_ups_deaths_and_bad_links(
+def test_hang_ups_deaths_bad_links_and_other_roles(
     a: Shape, b: Shape, ordered: list[Order], seed: int, lossy: float, damaging: float
 ) -> None:
     net = net_of([a, b], seed)
@@ -149,7 +150,9 @@ def test_hang_ups_deaths_and_bad_links(
     for order in ordered:
         net.submit(request(order))
         wait(net, order.wait)
-        match net.rng.choice(["nothing", "nothing", "hang up", "death", "beat", "new router"]):
+        match net.rng.choice(
+            ["nothing", "nothing", "hang up", "death", "beat", "new router", "role"]
+        ):
             case "hang up":
                 victim = net.rng.choice(list(net.requests.values()))
                 net.abort(victim)
@@ -158,6 +161,8 @@ def test_hang_ups_deaths_and_bad_links(
                 net.restart(net.rng.choice("ab"))
             case "beat":
                 net.beat()
+            case "role":
+                net.give_role(net.rng.choice("ab"), net.rng.choice(list(Role)))
             case "new router" if net.rng.random() < 0.3:
                 net.router_restarts()
                 aborted |= set(net.requests)
