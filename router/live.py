@@ -16,6 +16,7 @@ from ..core.clock import Clock
 from ..core.config import SloSection
 from .dispatch import Dispatch
 from .membership import SILENT_AFTER_S, Member
+from .snapshot import Objectives
 from .timeline import Outcome, Stage, Timeline
 
 WINDOW_S = 60.0
@@ -46,7 +47,7 @@ class Recently:
     def of(timelines: Iterable[Timeline], slo: SloSection, now: float, age_s: float) -> Recently:
         """``age_s`` is how long the router has been there: a shorter window until it is full."""
         since = now - WINDOW_S
-        ttft_s, tpot_s = slo.ttft_ms / 1e3, slo.tpot_ms / 1e3
+        objectives = Objectives(slo.ttft_ms, slo.tpot_ms)
         num_judged = num_good = 0
         ttfts: list[float] = []
         tpots: list[float] = []
@@ -54,7 +55,7 @@ class Recently:
             if one.finished < since or one.outcome is Outcome.ABORTED:
                 continue
             num_judged += 1
-            num_good += one.good(ttft_s, tpot_s)
+            num_good += one.good(objectives)
             if (ttft := one.ttft) is not None:
                 ttfts.append(ttft)
             if (tpot := one.tpot) is not None:

@@ -28,6 +28,7 @@ from ..core.messages import TransferDone
 from .dispatch import Dispatch
 from .history import EventKind
 from .membership import MemberState
+from .snapshot import Objectives
 from .timeline import Outcome, Stage, Timeline
 
 _OF_OBJECTIVE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
@@ -44,7 +45,8 @@ class Metrics:
         disable_created_metrics()
         self.registry = registry = CollectorRegistry()
         self._model = model
-        self._ttft_s, self._tpot_s = slo.ttft_ms / 1e3, slo.tpot_ms / 1e3
+        self._objectives = Objectives(slo.ttft_ms, slo.tpot_ms)
+        ttft_s, tpot_s = slo.ttft_ms / 1e3, slo.tpot_ms / 1e3
         ProcessCollector(registry=registry)
 
         def histogram(name: str, about: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
@@ -57,13 +59,13 @@ class Metrics:
         self._ttft = histogram(
             "gen_ai_server_time_to_first_token_seconds",
             "From the arrival of a request to its first token",
-            around(self._ttft_s),
+            around(ttft_s),
             *labels,
         )
         self._tpot = histogram(
             "gen_ai_server_time_per_output_token_seconds",
             "Mean time of a request's tokens after the first",
-            around(self._tpot_s),
+            around(tpot_s),
             *labels,
         )
         self._total = histogram(
@@ -76,7 +78,7 @@ class Metrics:
         self._gaps = histogram(
             "pdserve_inter_token_latency_seconds",
             "Between two tokens of one answer",
-            around(self._tpot_s),
+            around(tpot_s),
         )
         self._stages = histogram(
             "pdserve_stage_seconds", "What a request's time went to", _STAGES_S, "stage"
@@ -128,8 +130,8 @@ class Metrics:
         objectives = Gauge(
             "pdserve_slo_objective_seconds", "As configured", ("objective",), registry=registry
         )
-        objectives.labels("ttft").set(self._ttft_s)
-        objectives.labels("tpot").set(self._tpot_s)
+        objectives.labels("ttft").set(ttft_s)
+        objectives.labels("tpot").set(tpot_s)
         self._of_stage = {stage: self._stages.labels(stage) for stage in Stage}
         for objective in ("ttft", "tpot", "both"):  # a rate needs its zero
             for met in ("yes", "no"):
@@ -200,17 +202,11 @@ class Metrics:
         self._errors.labels(objective, "late" if late > 0 else "early").observe(abs(late))
 
     def _judge(self, timeline: Timeline) -> None:
-        done = timeline.outcome is Outcome.DONE
-        good = timeline.good(self._ttft_s, self._tpot_s)
-        ttft, tpot = timeline.ttft, timeline.tpot
-        met = {
-            "ttft": ttft is not None and ttft <= self._ttft_s,
-            "tpot": done and (tpot is None or tpot <= self._tpot_s),
-            "both": good,
-        }
+        ttft, tpot = timeline.met(self._objectives)
+        met = {"ttft": ttft, "tpot": tpot, "both": ttft and tpot}
         for objective, is_met in met.items():
             self._slo.labels(objective, "yes" if is_met else "no").inc()
-        if good:
+        if met["both"]:
             self._good.inc()
 
 

@@ -306,6 +306,7 @@ class Request:
             finished=now,
             transfer=self._transfer,
             forecast=self._forecast,
+            objectives=self.ask.objectives,
         )
 
     def _over(self, state: State) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.config import Policy
 from ..core.messages import TransferDone
-from .snapshot import Forecast
+from .snapshot import Forecast, Objectives
 
 MAX_RECENT = 4096  # timelines that are kept to be asked for
 
@@ -108,6 +108,7 @@ class Timeline:
     finished: float
     transfer: TransferDone | None = None  # where its account came before the end
     forecast: Forecast | None = None  # of the placement that drew the first token
+    objectives: Objectives | None = None  # its own
 
     @property
     def route(self) -> Policy | None:
@@ -130,15 +131,19 @@ class Timeline:
     def total(self) -> float:
         return self.finished - self.arrived
 
-    def good(self, ttft_s: float, tpot_s: float) -> bool:
-        """Done, within both objectives."""
+    def met(self, default: Objectives) -> tuple[bool, bool]:
+        """Whether it was done within its objective of TTFT, and of TPOT; ``default`` holds for
+        a request that has none of its own. A failed one may have been in time for the first."""
+        objectives = self.objectives or default
         ttft, tpot = self.ttft, self.tpot
         return (
-            self.outcome is Outcome.DONE
-            and ttft is not None
-            and ttft <= ttft_s
-            and (tpot is None or tpot <= tpot_s)
+            ttft is not None and 1e3 * ttft <= objectives.ttft_ms,
+            self.outcome is Outcome.DONE and (tpot is None or 1e3 * tpot <= objectives.tpot_ms),
         )
+
+    def good(self, default: Objectives) -> bool:
+        """Done, within both."""
+        return self.met(default) == (True, True)
 
     def stages(self) -> list[tuple[Stage, float, float]]:
         """Each stage that was begun, from when to when. They follow each other without a gap;
@@ -194,6 +199,9 @@ class Timeline:
                 "last_token": since(self.last_token),
                 "finished": since(self.finished),
             },
+            "objectives": None
+            if self.objectives is None
+            else {"ttft_ms": self.objectives.ttft_ms, "tpot_ms": self.objectives.tpot_ms},
             "forecast": None
             if self.forecast is None
             else {

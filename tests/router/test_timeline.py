@@ -14,7 +14,7 @@ from pdserve.core.ids import Role, WorkerRef
 from pdserve.core.messages import FinishReason, Key, PeerAddress, TokenItem
 from pdserve.core.params import SamplingParams
 from pdserve.router.requests import Ask, Request, State
-from pdserve.router.snapshot import Forecast, Placement
+from pdserve.router.snapshot import Forecast, Objectives, Placement
 from pdserve.router.timeline import Marks, Outcome, Recent, Stage, Timeline
 
 ID = "0123456789abcdef" * 2
@@ -98,7 +98,7 @@ def test_a_single_token_has_no_time_per_token() -> None:
     one.started(Key(ID, 1), 0, 12.0)
     draw(one, P, 0, 13.0, last=True)
     found = one.timeline(13.0)
-    assert found.tpot is None and found.good(3.0, 0.001)
+    assert found.tpot is None and found.good(Objectives(3000.0, 1.0))
     assert found.stages()[-1] == (Stage.PREFILL, 12.0, 13.0)
 
 
@@ -139,16 +139,24 @@ def test_the_last_stage_of_one_that_is_given_up_ends_with_it(placed: bool, last:
         one.place(SPLIT, address, 12.0)
     one.end(State.ABORTED)
     found = one.timeline(15.0)
-    assert found.outcome is Outcome.ABORTED and found.ttft is None and not found.good(60, 60)
+    assert found.outcome is Outcome.ABORTED and found.ttft is None and not found.good(Objectives())
     stage, _, end = found.stages()[-1]
     assert (stage, end) == (last, 15.0)
 
 
 @pytest.mark.parametrize(
-    ("ttft_s", "tpot_s", "good"), [(7.0, 1.5, True), (6.9, 1.5, False), (7.0, 1.4, False)]
+    ("ttft_ms", "tpot_ms", "met"),
+    [(7000.0, 1500.0, (True, True)), (6900, 1500, (False, True)), (7000, 1400, (True, False))],
 )
-def test_good_is_within_both_objectives(ttft_s: float, tpot_s: float, good: bool) -> None:
-    assert split_request().good(ttft_s, tpot_s) is good
+def test_good_is_within_both_objectives(
+    ttft_ms: float, tpot_ms: float, met: tuple[bool, bool]
+) -> None:
+    found, asked = split_request(), Objectives(ttft_ms, tpot_ms)
+    assert found.met(asked) == met and found.good(asked) is all(met)
+    own = replace(found, objectives=asked)  # which go before the deployment's
+    assert own.met(Objectives(1.0, 1.0)) == met
+    shown = own.shown()["objectives"]
+    assert shown == {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
 
 
 def test_a_mark_is_set_once() -> None:
