@@ -34,7 +34,7 @@ class Decode:
     SHAPES = ((32, 4096), (1, 16384), (64, 1024), (256, 1024), (1, 1024))
     TUNINGS = (
         DecodeTuning(),
-        DecodeTuning(64, 2, 3, 4),
+        DecodeTuning(64, 2, 4, 4),
         DecodeTuning(64, 2, 4, 2),
         DecodeTuning(64, 4, 4, 4),
         DecodeTuning(32, 1, 6, 4),

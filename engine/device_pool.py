@@ -151,9 +151,15 @@ class CudaKvPool:
             try:
                 self._export = DeviceExport(memory, CudaDriver())
                 self._generations = self._export.generations
+                self._warm_up()
             except (DriverError, OutOfMemory) as error:
                 log.warning("KV blocks will be sent, not shared: %s", error)
         torch.cuda.synchronize(device)  # zeroed and marked before another stream looks
+
+    def _warm_up(self) -> None:
+        """A block onto itself: the kernel is compiled now, not by the first pull."""
+        first = torch.zeros((2, 1), dtype=torch.int64, device=self._device)
+        move_blocks(self._bytes, self._bytes, first)
 
     @property
     def layout(self) -> KvLayout:

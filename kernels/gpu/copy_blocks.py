@@ -35,7 +35,7 @@ def _copy_kernel(
     tl.store(target + at, tl.load(source + at, mask=at < size), mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _move_kernel(target_ptr, source_ptr, ids_ptr, count, size, BLOCK: tl.constexpr):
     pieces = tl.cdiv(size, BLOCK)
     for piece in range(tl.program_id(0), count * pieces, tl.num_programs(0)):

@@ -28,14 +28,15 @@ class DecodeTuning:
 
     block_n: int = 64
     num_warps: int = 2
-    num_stages: int = 4
+    num_stages: int = 3
     programs: int = 4
 
     @classmethod
     def suited(cls, head_dim: int, dtype: torch.dtype) -> DecodeTuning:
         """Tiles that fit a Hopper multiprocessor's registers and shared memory."""
-        small = head_dim <= 128 and dtype.itemsize == 2
-        return cls() if small else cls(block_n=32, num_warps=4, num_stages=3, programs=8)
+        if head_dim > 128 or dtype.itemsize > 2:
+            return cls(block_n=32, num_warps=4, num_stages=3, programs=8)
+        return cls() if head_dim > 64 else cls(block_n=128)
 
 
 class SplitWorkspace:
@@ -78,7 +79,7 @@ class SplitWorkspace:
             self.piece_lens,
             batch,
             self.wanted_pieces,
-            BATCH=triton.next_power_of_2(batch),
+            BATCH=triton.next_power_of_2(len(self.piece_lens)),
             BLOCK_N=self.tuning.block_n,
             OVERLAP=overlap(),
             num_warps=4,
@@ -86,7 +87,7 @@ class SplitWorkspace:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _plan_kernel(
     lens_ptr,
     rows_ptr,
@@ -115,7 +116,7 @@ def _plan_kernel(
         tl.store(rows_ptr + first + piece, row, mask=inside & (piece < pieces))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _pieces_kernel(
     q_ptr,
     kv_ptr,
@@ -317,9 +318,9 @@ def decode_attention(
         NUM_Q=num_q_heads,
         HEAD_DIM=head_dim,
         BLOCK_D=sum_d,
-        TILE=128 if few else 16,
+        TILE=64 if few else 16,
         OVERLAP=overlap(),
-        num_warps=4 if few else 2,
+        num_warps=2,
         launch_pdl=overlap(),
     )
     return out

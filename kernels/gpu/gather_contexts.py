@@ -10,7 +10,7 @@ from torch import Tensor
 from ..prefill_attention import PrefillBatch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _gather_kernel(
     kv_ptr,
     tables_ptr,

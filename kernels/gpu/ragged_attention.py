@@ -127,7 +127,7 @@ def _accumulate(
     return acc, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _ragged_kernel(
     q_ptr,
     k_source,

@@ -119,7 +119,7 @@ def _ask_for(w_ptr, first, at, K: tl.constexpr, BLOCK_N: tl.constexpr, LINES: tl
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _linear_kernel(
     x_ptr,
     w_ptr,
@@ -159,7 +159,7 @@ def _linear_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < tokens)[None, :] & (n < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gated_kernel(
     x_ptr,
     w_ptr,
