@@ -14,6 +14,7 @@ from .core.config import Deployment, EngineKind, Policy
 from .core.errors import ConfigError, PdserveError
 from .core.ids import Role
 from .core.orphans import die_with_parent
+from .simulation.options import add_options as add_simulation_options
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -56,6 +57,10 @@ _EXAMPLES = {
     "completion": """
   pdserve completion bash > ~/.local/share/bash-completion/completions/pdserve
   pdserve completion zsh > ~/.zfunc/_pdserve""",
+    "simulate": """
+  pdserve simulate configs/two-gpu.yaml --trace 2048/256 --rate 16
+  pdserve simulate configs/two-gpu.yaml --trace azure-code.csv.gz --rate 12 --capacity
+  pdserve simulate deployment.yaml --trace mooncake.jsonl --rate 2 --set pools.decode.workers=3""",
     "bench": """
   pdserve bench engine --help""",
 }
@@ -152,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     keys = command("keys", _keys, "make the keys that hosts of one deployment share")
     keys.add_argument("action", choices=["new"])
     _completes(keys.add_argument("folder", type=Path, metavar="DIR"), "DIRECTORY")
+
+    about = "try a deployment's policies on a load, in virtual time, without any GPU"
+    simulated = command("simulate", _simulate, about)
+    _takes_file(simulated)
+    add_simulation_options(simulated)
 
     bench = command("bench", _bench, "measure: see `pdserve bench engine --help`, or transfer")
     bench.add_argument("what", choices=["engine", "transfer"])
@@ -329,6 +339,12 @@ def _keys(arguments: argparse.Namespace) -> int:
 
     print(f"{new_keys(arguments.folder)}: copy the folder to each host; who has it is a member")
     return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from .simulation import command
+
+    return command.main(_deployment(arguments), arguments)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

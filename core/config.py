@@ -44,6 +44,7 @@ class Policy(StrEnum):
 
 
 class Admission(StrEnum):
+    SLO = "slo"
     QUEUE = "queue"
     OPEN = "open"
 

@@ -198,17 +198,49 @@ class Calibration:
     def factor(self) -> float:
         return self.taken_ms / self.forecast_ms if self.forecast_ms > 0 else 1.0
 
-    def observed(self, forecast_ms: float, taken_ms: float) -> Calibration:
-        """After one step more."""
+    def observed(self, forecast_ms: float, taken_ms: float, steps: int = 1) -> Calibration:
+        """After ``steps`` more, each of them alike."""
         if forecast_ms <= 0 or taken_ms < 0:
             return self
         before = self
         if self.forecast_ms <= 0:
             start = forecast_ms * self.memory / 4
             before = replace(self, forecast_ms=start, taken_ms=start)
-        keep = 1.0 - 1.0 / self.memory
-        return replace(
-            before,
-            forecast_ms=before.forecast_ms * keep + forecast_ms,
-            taken_ms=before.taken_ms * keep + min(taken_ms, OUTLIER * forecast_ms),
+        keep = (1.0 - 1.0 / self.memory) ** steps
+        new = (1.0 - keep) * self.memory  # the sum of what is left of each of them
+        return Calibration(
+            self.memory,
+            before.forecast_ms * keep + forecast_ms * new,
+            before.taken_ms * keep + min(taken_ms, OUTLIER * forecast_ms) * new,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedCost:
+    """A worker's cost model as measured at its start, and what has been seen since.
+
+    A step without a chunk teaches about decode, one without a batch about prefill; of one
+    that has both, what decode leaves is the chunk's, where that is a fair part of it.
+    """
+
+    measured: StepCost
+    prefill: Calibration = Calibration()
+    decode: Calibration = Calibration()
+
+    @property
+    def cost(self) -> StepCost:
+        return self.measured.scaled(self.prefill.factor, self.decode.factor)
+
+    def observed(
+        self, batch: int, kv_tokens: int, chunk_ms: float, taken_ms: float, steps: int = 1
+    ) -> CalibratedCost:
+        """After a step more, or ``steps`` alike; ``chunk_ms`` is the ``work_ms`` of its chunks by
+        ``measured``."""
+        batch_ms = self.measured.decode.ms(batch, kv_tokens)
+        if chunk_ms <= 0:
+            return replace(self, decode=self.decode.observed(batch_ms, taken_ms, steps))
+        chunk_ms = self.measured.ms(batch, kv_tokens, chunk_ms) - batch_ms
+        left_ms = taken_ms - batch_ms * self.decode.factor
+        if chunk_ms < batch_ms / 2 or left_ms <= 0:
+            return self
+        return replace(self, prefill=self.prefill.observed(chunk_ms, left_ms, steps))

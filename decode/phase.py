@@ -145,7 +145,7 @@ class DecodePhase:
     def _reserve(self, seq: Sequence) -> Reservation | None:
         if self.num_free_places <= 0:
             return None
-        if not self._cache.claim(seq, self.headroom(seq), computed_here=False):
+        if not self._cache.claim(seq, self.spare(seq), computed_here=False):
             return None
         del self._queue[seq.attempt]
         self._receiving[seq.attempt] = self._places[seq.attempt] = seq
@@ -170,6 +170,14 @@ class DecodePhase:
         """Computed or received, but for the token that was drawn last: that is its next input."""
         assert self._places[seq.attempt] is seq
         bisect.insort(self._running, seq, key=lambda running: running.arrival)
+
+    def spare(self, seq: Sequence, *, joins: bool = True) -> int:
+        """What a claim for ``seq`` must leave: the headroom, or 0 where the pool has room for
+        that whatever it is (which spares the sum over the batch)."""
+        most = (len(self._places) + 1) * (self._cache.blocks_for(self._growth_tokens) + 1)
+        if self._cache.blocks_for(seq.num_tokens) + most <= self._cache.num_available:
+            return 0
+        return self.headroom(seq if joins else None)
 
     def headroom(self, newcomer: Sequence | None) -> int:
         """Blocks that must stay available beside those of ``newcomer``, for growth.

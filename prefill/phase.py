@@ -9,9 +9,11 @@ HOLDING: computed, the blocks wait until the peer has them. A prompt of this wor
 batch skips HOLDING: it leaves for the decode phase.
 
 Order: recomputed streams, then prompts that a peer has granted room for, then dropped
-ones, then new ones; the older first within each. Nobody is overtaken for want of blocks:
-the first that doesn't fit stops all behind it. Several short prompts share a step's
-budget; a long one is cut.
+ones, then new ones; within each by priority, then the earliest deadline first, so that nobody
+waits for ever. A prompt that is certain to miss its deadline is *demoted*: its deadline moves
+by ``GRACE_S``, and those that can still make theirs go before it. Nobody is overtaken for want
+of blocks: the first that doesn't fit stops all behind it. Several short prompts share a
+step's budget; a long one is cut.
 
 A peer without room does not grant, and its prompts stay here: this pool is the queue.
 Where this worker's own streams need those blocks, prompts that were not granted are
@@ -27,7 +29,9 @@ from dataclasses import dataclass
 from ..cache.kvcache import KvCache
 from ..cache.retired import RetiredSequences
 from ..core.ids import Attempt
-from .prompt import Prompt, PromptKind, PromptState, Rank
+from .prompt import Order, Prompt, PromptKind, PromptState, Rank
+
+GRACE_S = 5.0  # what misses its deadline is due so much later
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,29 @@ class PrefillPhase:
         prompt.granted_at = now
         self._waiting.sort(key=_order)
         self._computing.sort(key=_order)
+
+    def demote(self, now: float, seconds: Callable[[Prompt], float]) -> None:
+        """Those that can't make their deadline even if they were computed at once, which takes
+        ``seconds``, step behind those that can. What peers wait for goes on as it is."""
+        late = [
+            prompt
+            for prompt in self._waiting + self._computing
+            if prompt.rank is Rank.NEW
+            and not prompt.late
+            and now + seconds(prompt) > prompt.deadline
+        ]
+        for prompt in late:
+            prompt.deadline += GRACE_S
+            prompt.late = True
+        if late:
+            self._waiting.sort(key=_order)
+            self._computing.sort(key=_order)
+
+    @property
+    def first(self) -> Prompt | None:
+        """The prompt whose chunk comes next, if memory allows."""
+        heads = self._computing[:1] + self._waiting[:1]
+        return min(heads, key=_order, default=None)
 
     def expired(self, now: float) -> list[Prompt]:
         """Granted prompts that have found no blocks in time.
@@ -220,7 +247,7 @@ class PrefillPhase:
         bisect.insort(self._waiting, prompt, key=_order)
 
 
-def _order(prompt: Prompt) -> tuple[Rank, int]:
+def _order(prompt: Prompt) -> Order:
     return prompt.order
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
+from typing import TypeAlias
 
 from ..cache.sequence import Sequence
 from ..core.ids import Attempt
@@ -25,7 +27,8 @@ class PromptKind(Enum):
 
 
 class Rank(IntEnum):
-    """Who goes first; within a rank the older one does.
+    """Who goes first; within a rank the higher priority, then the earlier deadline, then the
+    older one.
 
     Above NEW are those that others wait for: a stream that has paused, a peer that has
     set memory aside, a prompt that has given up its blocks for somebody else's progress.
@@ -37,10 +40,15 @@ class Rank(IntEnum):
     NEW = 3
 
 
+Order: TypeAlias = tuple[Rank, int, float, int]
+
+
 @dataclass(slots=True, eq=False)
 class Prompt:
     """``token`` is the first of the output where it was drawn already; ``granted_at`` the
-    time (s) at which the peer made room, ``dropped`` whether the blocks were once taken."""
+    time (s) at which the peer made room, ``dropped`` whether the blocks were once taken.
+    ``deadline`` (s) is when its first token is due; ``late`` that it was certain to miss that
+    and has got a later one."""
 
     seq: Sequence
     kind: PromptKind
@@ -48,6 +56,9 @@ class Prompt:
     token: TokenItem | None = None
     granted_at: float | None = None
     dropped: bool = False
+    deadline: float = math.inf
+    priority: int = 0
+    late: bool = False
 
     @property
     def attempt(self) -> Attempt:
@@ -71,8 +82,8 @@ class Prompt:
         return Rank.DROPPED if self.dropped else Rank.NEW
 
     @property
-    def order(self) -> tuple[Rank, int]:
-        return self.rank, self.seq.arrival
+    def order(self) -> Order:
+        return self.rank, -self.priority, self.deadline, self.seq.arrival
 
     @property
     def droppable(self) -> bool:

@@ -3,8 +3,9 @@
 Prefill and decode are chosen apart. To decode: the first worker, in a fixed order, whose
 batch still meets its objective with this request in it; so batches fill one worker after
 the other, and those behind are free to read prompts fast. To prefill: where the first token
-comes soonest, be it the same worker. Where none meets the objective, the one that misses it
-by the least.
+comes soonest, be it the same worker. Where nobody has room for another stream, the one worker
+that misses the objectives by the least does it all: a prompt that is computed elsewhere would
+only wait there.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from ..core.config import Policy
 from .forecast import MARGIN, Forecasts, forecast
 from .snapshot import Floats, Placement, Snapshot, Wish
 
-_FULL = 0.95  # of a KV pool: more would only preempt
-
 
 def place(snapshot: Snapshot, wish: Wish, now: float) -> Placement | None:
     """None where no worker can take it."""
@@ -28,44 +27,47 @@ def place(snapshot: Snapshot, wish: Wish, now: float) -> Placement | None:
     if wish.alone or wish.route is Policy.COLOCATED:
         return _whole(snapshot, wish, found, can_decode)
     decode = _decode(snapshot, wish, found, can_decode)
-    if decode is None:
-        return None
     if wish.route is Policy.DISAGGREGATED:
-        can_prefill = can_prefill.copy()
-        can_prefill[decode] = False
+        decode = _least_full(snapshot, wish, found, can_decode) if decode is None else decode
+        if decode is not None:
+            can_prefill = can_prefill & (np.arange(len(can_prefill)) != decode)
+    if decode is None:
+        return _whole(snapshot, wish, found, can_decode)
     prefill = _prefill(snapshot, found, can_prefill, decode)
     if prefill is None:
         return None
     workers = snapshot.workers
-    return Placement(workers[prefill].ref, workers[decode].ref, found.of(prefill, decode))
+    return Placement(
+        workers[prefill].ref, workers[decode].ref, found.of(prefill, decode, wish.answer_tokens)
+    )
 
 
 Flags = npt.NDArray[np.bool_]
 
 
 def _decode(snapshot: Snapshot, wish: Wish, found: Forecasts, able: Flags) -> int | None:
+    """None where nobody has room for one more stream at this objective."""
+    excess = _excess(wish, found)
+    fits = able & (excess <= 1.0) & (found.place == 0.0)
+    if not fits.any():
+        return None
+    if np.isfinite(wish.objectives.tpot_ms):
+        return int(np.where(fits, snapshot.columns.decode_order, np.inf).argmin())
+    return int(np.where(fits, excess, np.inf).argmin())
+
+
+def _least_full(snapshot: Snapshot, wish: Wish, found: Forecasts, able: Flags) -> int | None:
     if not able.any():
         return None
-    c = snapshot.columns
-    excess = _excess(snapshot, wish, found)
-    fits = able & (excess <= 1.0)
-    if fits.any() and np.isfinite(wish.objectives.tpot_ms):
-        order = np.where(fits, c.decode_order, np.inf)
-        return int(order.argmin())
-    return int(np.where(able, excess, np.inf).argmin())
+    waiting = found.place / wish.answer_tokens / found.tpot
+    return int(np.where(able, _excess(wish, found) + waiting, np.inf).argmin())
 
 
-def _excess(snapshot: Snapshot, wish: Wish, found: Forecasts) -> Floats:
-    """How full each worker would be with it: by time, by places, by memory; 1 is full."""
-    c = snapshot.columns
-    if np.isfinite(wish.objectives.tpot_ms):
-        by_time = found.tpot / found.tpot_limit
-    else:
-        by_time = found.tpot / found.tpot.max()  # the emptiest comes first
-    by_places = (c.batch + 1.0) / c.max_batch
-    by_memory = (c.kv + (wish.num_tokens + wish.growth)) / (_FULL * c.capacity)
-    worst = np.maximum(by_places, by_memory)
-    return np.where(worst > 1.0, np.maximum(by_time, worst), by_time)
+def _excess(wish: Wish, found: Forecasts) -> Floats:
+    """How full each worker would be with it; 1 is full. Without an objective, the fullest is."""
+    limit = found.tpot_limit if np.isfinite(wish.objectives.tpot_ms) else found.tpot.max()
+    excess: Floats = found.tpot / limit
+    return excess
 
 
 def _prefill(snapshot: Snapshot, found: Forecasts, able: Flags, decode: int) -> int | None:
@@ -85,8 +87,9 @@ def _whole(snapshot: Snapshot, wish: Wish, found: Forecasts, able: Flags) -> Pla
     if not able.any():
         return None
     limit = MARGIN * wish.objectives.ttft_ms
-    late = found.ttft / limit if np.isfinite(limit) else found.ttft / found.ttft.max()
-    worst = np.maximum(late, _excess(snapshot, wish, found))
+    ttft = found.ttft + found.place
+    late = ttft / limit if np.isfinite(limit) else ttft / ttft.max()
+    worst = np.maximum(late, _excess(wish, found))
     best = int(np.where(able, worst, np.inf).argmin())
     ref = snapshot.workers[best].ref
-    return Placement(ref, ref, found.of(best, best))
+    return Placement(ref, ref, found.of(best, best, wish.answer_tokens))

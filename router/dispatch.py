@@ -15,9 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
-from ..core.config import Policy, PoolsSection
+from ..core.config import Admission, Policy, PoolsSection
 from ..core.errors import RequestError
 from ..core.ids import Role, WorkerRef
+from ..core.lengths import AnswerLengths
 from ..core.messages import (
     AttemptFailed,
     Bye,
@@ -38,6 +39,7 @@ from ..core.messages import (
     Welcome,
     WorkerBeat,
 )
+from .admission import admit, refused
 from .effects import Effect, Emit, End, Link, Say
 from .fleet import Fleet
 from .history import EventKind, History
@@ -65,6 +67,7 @@ class Dispatch:
         epoch: int,
         salt: bytes = b"",
         objectives: Objectives | None = None,
+        admission: Admission = Admission.OPEN,
     ) -> None:
         self.members = membership
         self._policy = policy
@@ -74,6 +77,8 @@ class Dispatch:
         self._queue: deque[Request] = deque()  # the oldest first, replays before the others
         self._given: dict[WorkerRef, dict[str, Request]] = {}  # to each worker, by id
         self._objectives = objectives or Objectives()
+        self._admission = admission
+        self._lengths = AnswerLengths()
         self._loads = Loads()
         self._fleet = Fleet(membership, self._loads)
         self._roles: dict[str, Role] = {}  # that workers were given, whatever life they are in
@@ -142,6 +147,9 @@ class Dispatch:
             case Started(key, num_cached_tokens):
                 if (request := self._requests.get(key.request_id)) is not None:
                     request.started(key, num_cached_tokens, now)
+                    if key == request.key and request.placement is not None:
+                        self._loads.started(request.id, now)
+                        self._fleet.changed(request.placement.prefill)
                 return []
             case TokenBatch(items):
                 return self._tokens(items, member.ref, now)
@@ -351,6 +359,8 @@ class Dispatch:
             if not request.over:
                 self._queue.appendleft(request)
         if request.over:
+            if request.state is State.DONE:
+                self._lengths.ended(len(request.output))
             del self._requests[request.id]
             effects.append(End(request.timeline(now), request.error))
         return effects
@@ -371,10 +381,23 @@ class Dispatch:
         """Nothing where no worker can take it now."""
         cached = self.prefixes.cached_tokens(request.token_ids, request.block_names)
         snapshot = self._fleet.snapshot(now, self._bad_links)
-        placement = decide(self._policy, snapshot, request.wish(cached, self._objectives, now), now)
+        self._fleet.changed(*self._loads.demote(now))
+        wish = request.wish(cached, self._objectives, self._lengths, now)
+        placement = decide(self._policy, snapshot, wish, now)
         if placement is None:
             return []
-        self._loads.placed(request.id, placement, request.num_tokens)
+        if not request.output:  # nobody is sent away in the middle of an answer
+            refusal = admit(self._admission, placement.forecast, wish.objectives)
+            if refusal is not None:
+                return self._change(request, partial(request.fail, refused(refusal)), now)
+        self._loads.placed(
+            request.id,
+            placement,
+            request.num_tokens,
+            wish.growth,
+            wish.objectives.tpot_ms,
+            now + (wish.objectives.ttft_ms - wish.waited_ms) / 1e3,
+        )
         self._fleet.changed(*placement.workers)
         for worker in placement.workers:
             self._given.setdefault(worker, {})[request.id] = request

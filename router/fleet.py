@@ -44,7 +44,7 @@ class Fleet:
                 self._snapshot.update(self._view(member))
 
     def _view(self, member: Member) -> WorkerView:
-        load, cost = self._loads[member.ref], member.cost
+        load = self._loads[member.ref]
         return WorkerView(
             member.ref,
             member.role,
@@ -53,11 +53,15 @@ class Fleet:
             load.prefill_tokens,
             load.kv_tokens,
             load.num_requests,
-            cost,
+            member.cost,
             member.chunk_tokens,
             member.max_batch,
-            prefill_ms=cost.prefill.work_ms(load.prefill_tokens) if cost is not None else 0.0,
-            batch=load.num_requests,
+            load.prefill_ms,
+            load.head_ms,
+            load.head_since,
+            load.batch,
+            load.kv_growth,
+            load.tpot_ms,
         )
 
 

@@ -5,6 +5,10 @@ leaves room for (``prefill.pace``). So its prompts go at a *rate*, in ms of chun
 of whole chunks where nothing decodes, less the more there is. TTFT is the work before and of
 this prompt over that rate; TPOT the decode step after joining. What is reserved or in
 flight counts as if it ran.
+
+A batch has only so many places, and a pool so many blocks. Where all are taken somebody must
+end first: a prompt of the worker's own waits for that before it starts, one from elsewhere
+once it has come.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from .snapshot import Floats, Forecast, Snapshot, Wish
 
 MARGIN = 0.95  # of an objective: what is aimed at, for forecasts err
 _LEAST_RATE = 0.01
+_FULL = 0.95  # of a KV pool: more would only preempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +31,19 @@ class Forecasts:
 
     work: Floats  # of the prompt's chunks
     ttft: Floats  # if it is prefilled there
-    tpot: Floats  # if it decodes there
+    tpot: Floats  # if it decodes there, once it has its place
+    place: Floats  # until a place in the batch, and memory for it, is free
     tpot_limit: Floats  # for a step there: this request's objective or a tighter one's
 
-    def of(self, prefill: int, decode: int) -> Forecast:
+    def of(self, prefill: int, decode: int, answer_tokens: float) -> Forecast:
+        ttft, tpot = float(self.ttft[prefill]), float(self.tpot[decode])
+        if prefill == decode:
+            ttft += float(self.place[decode])
+        else:
+            tpot += float(self.place[decode]) / answer_tokens
         return Forecast(
-            float(self.ttft[prefill]),
-            float(self.tpot[decode]),
+            ttft,
+            tpot,
             float(self.work[prefill]),
             float(self.tpot_limit[decode]),
         )
@@ -59,6 +70,9 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * rate))
     step = np.where(c.batch > 0, (beside + c.decode_base) * 0.5, 0.0)
     ttft = wish.waited_ms + step + (c.prefill_ms - done + work) / rate
-    tpot = c.decode_base + c.per_sequence * (c.batch + 1.0)
-    tpot += c.per_kv * (c.kv + (n + wish.growth))
-    return Forecasts(work, ttft, tpot, limit)
+    batch = c.batch + 1.0
+    tpot = c.decode_base + c.per_sequence * batch + c.per_kv * (c.kv + (n + wish.growth))
+    kv = c.kv + (n + wish.growth)
+    over = np.maximum(batch / c.max_batch, kv / (_FULL * c.capacity)) - 1.0
+    place_ms = np.maximum(0.0, over) * tpot * wish.answer_tokens
+    return Forecasts(work, ttft, tpot, place_ms, limit)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import heapq
+import math
+from collections import Counter
+from dataclasses import dataclass, field
 
 from ..core.ids import WorkerRef
 from .snapshot import Placement
@@ -10,9 +13,22 @@ from .snapshot import Placement
 
 @dataclass(slots=True)
 class Load:
+    """As in ``WorkerView``. ``tpots`` counts the requests of each objective."""
+
     prefill_tokens: int = 0
     kv_tokens: int = 0
     num_requests: int = 0
+    prefill_ms: float = 0.0
+    head_ms: float = 0.0
+    head_since: float = 0.0
+    batch: int = 0
+    kv_growth: float = 0.0
+    tpots: Counter[float] = field(default_factory=Counter)
+
+    @property
+    def tpot_ms(self) -> float:
+        """The tightest objective of those that decode here."""
+        return min(self.tpots, default=math.inf)
 
 
 @dataclass(slots=True)
@@ -22,45 +38,111 @@ class _Charge:
     placement: Placement
     prefill_tokens: int
     kv_tokens: int
+    prefill_ms: float
+    growth: float
+    tpot_ms: float
+    head: bool = False
 
 
 class Loads:
     def __init__(self) -> None:
         self._loads: dict[WorkerRef, Load] = {}
         self._charges: dict[str, _Charge] = {}
+        self._due: list[tuple[float, str, _Charge]] = []  # a heap
 
     def __getitem__(self, worker: WorkerRef) -> Load:
         return self._loads.get(worker) or Load()
 
-    def placed(self, request_id: str, placement: Placement, num_tokens: int) -> None:
+    def placed(
+        self,
+        request_id: str,
+        placement: Placement,
+        num_tokens: int,
+        growth: float = 0.0,
+        tpot_ms: float = math.inf,
+        deadline: float = math.inf,
+    ) -> None:
+        """``growth``: the tokens that its answer is expected to hold while it runs;
+        ``deadline``: when (s) its first token is due."""
         assert request_id not in self._charges
-        self._charges[request_id] = _Charge(placement, num_tokens, num_tokens)
-        self._of(placement.prefill).prefill_tokens += num_tokens
-        self._of(placement.decode).kv_tokens += num_tokens
+        forecast = placement.forecast
+        work_ms = forecast.work_ms if forecast is not None else 0.0
+        charge = _Charge(placement, num_tokens, num_tokens, work_ms, growth, tpot_ms)
+        self._charges[request_id] = charge
+        if deadline < math.inf and work_ms > 0:
+            heapq.heappush(self._due, (deadline - work_ms / 1e3, request_id, charge))
+        prefill, decode = self._of(placement.prefill), self._of(placement.decode)
+        prefill.prefill_tokens += num_tokens
+        prefill.prefill_ms += work_ms
+        decode.kv_tokens += num_tokens
+        decode.kv_growth += growth
+        decode.batch += 1
+        decode.tpots[tpot_ms] += 1
         for worker in placement.workers:
             self._of(worker).num_requests += 1
 
-    def token(self, request_id: str) -> None:
+    def started(self, request_id: str, now: float) -> None:
+        """The prompt has left its queue: from now on what is left of it gets less."""
+        charge = self._charges.get(request_id)
+        if charge is not None and charge.prefill_tokens:
+            charge.head = True
+            load = self._of(charge.placement.prefill)
+            load.head_ms, load.head_since = charge.prefill_ms, now
+
+    def demote(self, now: float) -> set[WorkerRef]:
+        """Prompts that can't make their deadline any more step behind all others: nobody waits
+        for them now. Returns the workers for which that has changed anything."""
+        changed = set()
+        while self._due and self._due[0][0] < now:
+            _, _, charge = heapq.heappop(self._due)
+            if charge.prefill_ms and not charge.head:
+                load = self._of(charge.placement.prefill)
+                load.prefill_ms = max(0.0, load.prefill_ms - charge.prefill_ms)
+                charge.prefill_ms = 0.0
+                changed.add(charge.placement.prefill)
+        return changed
+
+    def token(self, request_id: str, count: int = 1) -> None:
         """The prompt is computed with the first token; each one grows the sequence."""
         charge = self._charges[request_id]
-        self._of(charge.placement.prefill).prefill_tokens -= charge.prefill_tokens
-        self._of(charge.placement.decode).kv_tokens += 1
-        charge.prefill_tokens = 0
-        charge.kv_tokens += 1
+        decode = self._of(charge.placement.decode)
+        self._prefilled(charge)
+        grown = min(charge.growth, count)
+        decode.kv_tokens += count
+        decode.kv_growth -= grown
+        charge.kv_tokens += count
+        charge.growth -= grown
 
     def left(self, request_id: str) -> None:
         """The request is on no worker any more."""
         charge = self._charges.pop(request_id, None)
         if charge is None:
             return
-        self._of(charge.placement.prefill).prefill_tokens -= charge.prefill_tokens
-        self._of(charge.placement.decode).kv_tokens -= charge.kv_tokens
+        self._prefilled(charge)
+        decode = self._of(charge.placement.decode)
+        decode.kv_tokens -= charge.kv_tokens
+        decode.kv_growth -= charge.growth
+        decode.batch -= 1
+        decode.tpots[charge.tpot_ms] -= 1
+        if not decode.tpots[charge.tpot_ms]:
+            del decode.tpots[charge.tpot_ms]
         for worker in charge.placement.workers:
             load = self._of(worker)
             load.num_requests -= 1
             if not load.num_requests:
-                assert load.prefill_tokens == load.kv_tokens == 0
+                assert load.prefill_tokens == load.kv_tokens == load.batch == 0
                 del self._loads[worker]
 
+    def _prefilled(self, charge: _Charge) -> None:
+        load = self._of(charge.placement.prefill)
+        load.prefill_tokens -= charge.prefill_tokens
+        load.prefill_ms = max(0.0, load.prefill_ms - charge.prefill_ms)
+        if charge.head:
+            load.head_ms = 0.0
+        charge.prefill_tokens, charge.prefill_ms, charge.head = 0, 0.0, False
+
     def _of(self, worker: WorkerRef) -> Load:
-        return self._loads.setdefault(worker, Load())
+        load = self._loads.get(worker)
+        if load is None:
+            load = self._loads[worker] = Load()
+        return load

@@ -32,7 +32,7 @@ def decide(policy: Policy, snapshot: Snapshot, wish: Wish, now: float = 0.0) -> 
         return placement
     found = forecast(snapshot, wish, now)
     prefill, decode = snapshot.index[placement.prefill], snapshot.index[placement.decode]
-    return replace(placement, forecast=found.of(prefill, decode))
+    return replace(placement, forecast=found.of(prefill, decode, wish.answer_tokens))
 
 
 def _least_loaded(route: Policy, snapshot: Snapshot, wish: Wish) -> Placement | None:

@@ -144,6 +144,7 @@ async def _control(
         new_epoch(),
         _salt(run_dir),
         Objectives(deployment.slo.ttft_ms, deployment.slo.tpot_ms),
+        deployment.router.admission,
     )
     context: zmq.Context[Any] = zmq.Context()
     with contextlib.ExitStack() as stack:

@@ -22,6 +22,7 @@ from typing import Any
 from ..core.config import Policy
 from ..core.errors import RequestError, Unavailable
 from ..core.ids import Attempt, Task, WorkerRef
+from ..core.lengths import AnswerLengths
 from ..core.logs import fields
 from ..core.messages import (
     Abort,
@@ -136,14 +137,23 @@ class Request:
         """What the next attempt has to compute: the prompt, and the output so far."""
         return (*self.ask.prompt, *self.output) if self.output else self.ask.prompt
 
-    def wish(self, cached: Mapping[WorkerRef, int], objectives: Objectives, now: float) -> Wish:
-        """``cached``: how many of its tokens each worker holds already."""
+    def wish(
+        self,
+        cached: Mapping[WorkerRef, int],
+        objectives: Objectives,
+        lengths: AnswerLengths,
+        now: float,
+    ) -> Wish:
+        """``cached``: how many of its tokens each worker holds already; ``objectives``: the
+        deployment's, for one that has none of its own."""
         return Wish(
             self.num_tokens,
             len(self.ask.prompt) + self.ask.params.max_tokens,
             self.ask.route,
             self.alone,
-            objectives,
+            self.ask.objectives or objectives,
+            answer_tokens=lengths.mean,
+            growth=lengths.mean_running,
             waited_ms=1e3 * max(0.0, now - self.marks.arrived) if not self.output else 0.0,
             cached_tokens=cached,
         )

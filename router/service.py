@@ -108,7 +108,7 @@ class Service:
         """Counts requests in the house, from their arrival on; Unavailable where it is full."""
         if self._draining:
             raise Unavailable("the server is shutting down", code="draining")
-        queueing = self._router.admission is Admission.QUEUE
+        queueing = self._router.admission is not Admission.OPEN
         if queueing and self._num_in_house + num_requests > self._router.max_queue:
             raise Unavailable(
                 f"{self._num_in_house} requests are here already, of {self._router.max_queue}",

@@ -76,8 +76,9 @@ class Wish:
     """What a request needs: ``num_tokens`` to prefill, room for ``max_total`` in the end.
 
     ``alone`` is for one that has outlived two sets of workers: no second one is drawn in.
-    ``waited_ms`` have passed since it arrived; ``growth`` tokens its answer is expected to
-    hold on average while it runs. ``cached_tokens`` of its beginning lie on those workers.
+    ``waited_ms`` have passed since it arrived; its answer is expected to have
+    ``answer_tokens``, and to hold ``growth`` on average while it runs. Of its beginning,
+    ``cached_tokens`` lie on those workers.
     """
 
     num_tokens: int
@@ -86,6 +87,7 @@ class Wish:
     alone: bool = False
     objectives: Objectives = Objectives()
     waited_ms: float = 0.0
+    answer_tokens: float = 256.0
     growth: float = 0.0
     cached_tokens: Mapping[WorkerRef, int] = field(default_factory=dict)
 

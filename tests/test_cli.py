@@ -55,7 +55,8 @@ def test_help_shows_commands_and_examples(capsys: pytest.CaptureFixture[str]) ->
         line.split()[0] for line in text.splitlines() if line[:5].strip() and line[:4] == "    "
     ]
     assert listed == [
-        *("serve", "check", "worker", "status", "chat", "scale", "keys", "bench", "completion")
+        *("serve", "check", "worker", "status", "chat", "scale", "keys"),
+        *("simulate", "bench", "completion"),
     ]
 
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "engine": {"core", "kernels"},
     "prefill": _PHASE,
     "decode": _PHASE,
-    "simulation": _PHASE | {"prefill", "decode"},
+    "simulation": _PHASE | {"prefill", "decode", "router"},
     "worker": _PHASE | {"prefill", "decode", "engine", "simulation"},
     "router": {"core", "cache"},
     "deploy": {"core"},

@@ -328,15 +328,15 @@ class Lifecycle:
         """
         match prompt.kind:
             case PromptKind.RECOMPUTE:
-                return self.decode.headroom(prompt.seq)
+                return self.decode.spare(prompt.seq)
             case PromptKind.LOCAL:
                 if self.decode.num_reserving or self.decode.num_free_places <= 0:
                     return None
-                return self.decode.headroom(prompt.seq)
+                return self.decode.spare(prompt.seq)
             case PromptKind.TRANSFER:
                 if self.decode.num_reserving and not prompt.begun:
                     return None
-                return self.decode.headroom(None)
+                return self.decode.spare(prompt.seq, joins=False)
 
     def started(self, prompt: Prompt, now: float) -> None:
         """A prompt has its blocks. The router and the peer hear of that once."""

@@ -8,6 +8,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pdserve.core.cost import (
+    CalibratedCost,
     Calibration,
     DecodeCost,
     DecodePoint,
@@ -129,6 +130,25 @@ def test_one_very_long_step_is_not_a_trend() -> None:
 
 def test_calibration_ignores_what_was_not_forecast() -> None:
     assert Calibration().observed(0.0, 5.0) == Calibration()
+
+
+def test_each_phase_is_corrected_by_its_own_steps() -> None:
+    measured = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
+    truth = measured.scaled(1.3, 0.9)
+    seen = CalibratedCost(measured)
+    for batch, chunk_ms in [(0, 40.0), (50, 0.0), (50, 40.0)] * 200:
+        kv_tokens = batch * 1000
+        taken = truth.ms(batch, kv_tokens, chunk_ms * 1.3)
+        seen = seen.observed(batch, kv_tokens, chunk_ms, taken)
+    assert seen.prefill.factor == pytest.approx(1.3, rel=0.03)
+    assert seen.decode.factor == pytest.approx(0.9, rel=0.01)
+    assert seen.cost.ms(50, 50_000, 52.0) == pytest.approx(truth.ms(50, 50_000, 52.0), rel=0.03)
+
+
+def test_a_small_chunk_beside_a_large_batch_teaches_nothing() -> None:
+    measured = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
+    seen = CalibratedCost(measured)
+    assert seen.observed(200, 400_000, 1.0, 30.0) == seen
 
 
 def test_what_travels_is_validated() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.cache.hashing import BlockHasher
-from pdserve.core.config import Policy, PoolSection, PoolsSection
+from pdserve.core.config import Admission, Policy, PoolSection, PoolsSection
+from pdserve.core.cost import DecodeCost, PrefillCost, StepCost
 from pdserve.core.errors import RequestError, Unavailable
 from pdserve.core.ids import Role, Task, WorkerRef
 from pdserve.core.messages import (
@@ -44,6 +45,7 @@ from pdserve.router.effects import Effect, Emit, End, Link, Say
 from pdserve.router.membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership
 from pdserve.router.requests import Ask, State
 from pdserve.router.roles import Move
+from pdserve.router.snapshot import Objectives
 from pdserve.router.timeline import Outcome, Timeline
 
 BLOCKS = BlockCounts(64, 64, 0, 0)
@@ -503,3 +505,30 @@ def test_the_next_life_of_a_worker_is_given_its_role_again() -> None:
     world.join("p", "d")
     world.dispatch.scale({Role.MIXED: 2}, 0.0)
     assert roles_told(world.join("p")) == [("p", Role.MIXED)]
+
+
+def test_what_will_miss_its_objectives_is_refused_at_once() -> None:
+    world = World()
+    admission = Admission.SLO
+    world.dispatch = Dispatch(
+        world.policy,
+        POOLS,
+        Membership("f"),
+        99,
+        objectives=Objectives(500, 30),
+        admission=admission,
+    )
+    cost = StepCost(PrefillCost(1.0, 1.0, 0.0), DecodeCost(5.0, 0.0, 0.0))  # a ms a token
+    address = PeerAddress("m", 1, "tcp://x:1", "t")
+    hello = Hello(
+        PROTOCOL_VERSION, Role.MIXED, 1, address, "f/x/16", BLOCKS, 16, 1024, 8, 512, cost
+    )
+    world.epochs["m"] = 1
+    world.dispatch.receive(world.link("m"), hello, 0.0)
+    assert any(isinstance(effect, Say) for effect in world.submit(ask(0, prompt=300)))
+    (refused,) = world.submit(ask(1, prompt=300))
+    assert isinstance(refused, End) and isinstance(refused.error, Unavailable)
+    assert (refused.error.status, refused.error.code) == (429, "slo_missed")
+    assert refused.error.retry_after == pytest.approx(0.1, abs=0.05)
+    world.token("m", 0, finish=FinishReason.STOP)  # the first has ended: there is time again
+    assert any(isinstance(effect, Say) for effect in world.submit(ask(2, prompt=300)))

@@ -9,6 +9,7 @@ import pytest
 from pdserve.core.config import Policy
 from pdserve.core.errors import Unavailable
 from pdserve.core.ids import Task, WorkerRef
+from pdserve.core.lengths import AnswerLengths
 from pdserve.core.messages import (
     Abort,
     AttemptFailed,
@@ -164,7 +165,10 @@ def test_a_replay_carries_the_output_and_goes_on_with_its_index() -> None:
     one.token(token(0), P, 0.0)
     one.token(token(1), D, 0.0)
     assert aborts(one.replay()) == [(P, 1), (D, 1)]
-    assert (one.state, one.wish({}, Objectives(), 0.0).num_tokens) == (State.QUEUED, 5)
+    assert (one.state, one.wish({}, Objectives(), AnswerLengths(), 0.0).num_tokens) == (
+        State.QUEUED,
+        5,
+    )
     (told,) = one.place(WHOLE, address, 3.0)
     assert told[1] == Place(Key(ID, 2), Task.WHOLE, (5, 6, 7), (100, 101), one.ask.params)
     assert not one.prefilled
@@ -175,12 +179,12 @@ def test_a_replay_carries_the_output_and_goes_on_with_its_index() -> None:
 
 def test_after_two_strikes_alone_and_after_three_an_error() -> None:
     one = request()
-    assert not one.wish({}, Objectives(), 0.0).alone
+    assert not one.wish({}, Objectives(), AnswerLengths(), 0.0).alone
     one.replay()
     one.place(SPLIT, address, 1.0)
-    assert not one.wish({}, Objectives(), 0.0).alone
+    assert not one.wish({}, Objectives(), AnswerLengths(), 0.0).alone
     one.replay()
-    assert one.wish({}, Objectives(), 0.0).alone
+    assert one.wish({}, Objectives(), AnswerLengths(), 0.0).alone
     one.place(WHOLE, address, 2.0)
     assert aborts(one.replay()) == [(M, 3)]
     assert one.state is State.FAILED
@@ -252,5 +256,5 @@ def test_cached_tokens_are_those_of_the_first_attempt() -> None:
 
 def test_the_wish() -> None:
     ask = Ask(ID, (1, 2), SamplingParams(max_tokens=9), 1.0, Policy.COLOCATED)
-    wish = Request(ask, 0.0).wish({}, Objectives(), 0.0)
+    wish = Request(ask, 0.0).wish({}, Objectives(), AnswerLengths(), 0.0)
     assert (wish.num_tokens, wish.max_total, wish.route) == (2, 11, Policy.COLOCATED)

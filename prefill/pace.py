@@ -1,0 +1,49 @@
+"""How large a chunk may be beside a running batch.
+
+Every stream of the batch is due a token each ``tpot`` after its first. Steps without a
+chunk are faster than that, so streams get ahead of their due times, and a chunk may spend
+what the one that is least ahead has: the step must end before that one's next token is due.
+Beside it each stream has a *credit*, a share of what its whole answer may take, by which it
+may fall behind: a stream that has just begun is not ahead of anything, and would forbid any
+chunk at all.
+
+So on average each stream keeps its objective, and prompts get all the time that it leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.cost import StepCost
+
+MARGIN = 0.95  # of the objective: streams are held to a little less
+CREDIT = 0.03  # of the time that a whole answer may take
+_LEAST_TOKENS = 16  # a prompt never stands still
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """When the tokens of one stream are due. Times are in seconds."""
+
+    first_token: float
+    tpot_s: float
+    expected_tokens: float
+
+    def due(self, index: int) -> float:
+        """The latest end of the step that draws token ``index`` of the answer (0 the first)."""
+        credit = CREDIT * self.expected_tokens
+        return self.first_token + MARGIN * self.tpot_s * index + self.tpot_s * credit
+
+
+def chunk_tokens(
+    cost: StepCost, most: int, batch: int, kv_tokens: int, slack_s: float, context: int
+) -> int:
+    """New tokens of prompts for the next step, at most ``most``.
+
+    ``slack_s`` is the time to the earliest due token of the ``batch``; ``context`` how much of
+    the first prompt is there already.
+    """
+    if batch == 0:
+        return most
+    work_ms = cost.chunk_within(batch, kv_tokens, slack_s * 1e3)
+    return min(most, max(_LEAST_TOKENS, cost.prefill.tokens_within(work_ms, context)))

@@ -1,0 +1,109 @@
+"""One run: a fleet, a load, virtual time from the first arrival to the last token."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..core.config import Admission, Policy
+from ..core.ids import Role, WorkerRef
+from .virtual_router import VirtualRouter
+from .virtual_worker import Served, Usage, VirtualWorker, WorkerSpec
+from .workload import Arrival
+
+_WARM_UP = 0.2  # of the requests, from the start: an empty fleet serves anybody
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What is compared: who the workers are and by which policy they are used."""
+
+    name: str
+    roles: tuple[Role, ...]
+    policy: Policy
+    admission: Admission
+    spec: WorkerSpec
+    prefix_aware: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """``attainment``: the share of requests that met both objectives. ``cut``: the run was given
+    up because too many had missed already."""
+
+    served: tuple[Served, ...]
+    attainment: float
+    usage: tuple[Usage, ...]
+    span_s: float  # from the first arrival that counts to the last
+    end_s: float  # when the last request was over
+    cut: bool = False
+
+    @property
+    def goodput(self) -> float:
+        """Requests a second that met both objectives."""
+        return sum(one.good for one in self.served) / self.span_s if self.span_s else 0.0
+
+
+@dataclass(slots=True)
+class _Events:
+    """What will happen, in the order of time; of one moment, in the order of asking."""
+
+    heap: list[tuple[float, int, Callable[[float], None]]] = field(default_factory=list)
+    count: int = 0
+
+    def at(self, time: float, call: Callable[[float], None]) -> None:
+        self.count += 1
+        heapq.heappush(self.heap, (time, self.count, call))
+
+
+def simulate(
+    fleet: Fleet, load: Sequence[Arrival], seed: int = 0, *, give_up_below: float = 0.0
+) -> Outcome:
+    """``give_up_below``: ends as soon as the attainment can't reach that any more."""
+    events = _Events()
+    router = VirtualRouter(fleet.policy, fleet.admission, prefix_aware=fleet.prefix_aware)
+    rng = random.Random(f"steps {seed}")
+    workers = [
+        VirtualWorker(WorkerRef(f"{role}-{i}", 1), role, replace(fleet.spec), events, router, rng)
+        for i, role in enumerate(fleet.roles)
+    ]
+    router.join(workers)
+    warm_up = int(len(load) * _WARM_UP)
+    may_miss = (1.0 - give_up_below) * (len(load) - warm_up)
+    now, position, cut = 0.0, 0, False
+    heap = events.heap
+    while position < len(load) or heap:
+        if position < len(load) and (not heap or load[position].time <= heap[0][0]):
+            arrival = load[position]
+            now = arrival.time
+            router.arrive(arrival, now)
+            position += 1
+            if position == warm_up:
+                router.missed = 0
+        else:
+            now, _, call = heapq.heappop(heap)
+            call(now)
+        if give_up_below and router.missed > may_miss and position > warm_up:
+            # some of these may have arrived in the warm-up: count exactly
+            late = sum(one.over and not one.good for one in router.served[warm_up:])
+            if late > may_miss:
+                cut = True
+                break
+    if not cut:
+        unfinished = [one for one in router.served if not one.over]
+        assert not unfinished, f"{len(unfinished)} requests never ended"
+        for worker in workers:
+            worker.check()
+    measured = tuple(router.served[warm_up:])
+    good = sum(one.good for one in measured)
+    span = load[len(router.served) - 1].time - load[warm_up].time if measured else 0.0
+    return Outcome(
+        measured,
+        good / max(1, len(load) - warm_up),
+        tuple(worker.usage for worker in workers),
+        span,
+        now,
+        cut,
+    )

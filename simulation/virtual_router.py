@@ -1,0 +1,138 @@
+"""The router's own decisions in virtual time: ``decide``, its loads, admission."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..core.config import Admission, Policy
+from ..core.ids import Attempt, WorkerRef
+from ..core.lengths import AnswerLengths
+from ..router.admission import admit
+from ..router.loads import Loads
+from ..router.policy import decide
+from ..router.snapshot import Objectives, Snapshot, Wish, WorkerView
+from .virtual_worker import Served, VirtualWorker
+from .workload import Arrival
+
+
+class VirtualRouter:
+    """Call ``join`` once, with all workers, before the first ``arrive``."""
+
+    def __init__(self, policy: Policy, admission: Admission, *, prefix_aware: bool = True) -> None:
+        self._policy = policy
+        self._admission = admission
+        self._prefix_aware = prefix_aware
+        self._loads = Loads()
+        self._lengths = AnswerLengths()
+        self._workers: dict[WorkerRef, VirtualWorker] = {}
+        self._snapshot = Snapshot(())
+        self.served: list[Served] = []
+        self.missed = 0  # refused, or over and not good
+        self.ended_count = 0
+        self._places: dict[str, tuple[VirtualWorker, VirtualWorker]] = {}
+
+    def join(self, workers: Sequence[VirtualWorker]) -> None:
+        self._workers = {worker.ref: worker for worker in workers}
+        self._snapshot = Snapshot([self._view(worker) for worker in workers])
+
+    def arrive(self, arrival: Arrival, now: float) -> Served:
+        request_id = f"{len(self.served):032x}"
+        served = Served(arrival, request_id, Attempt(request_id, 1))
+        self.served.append(served)
+        for ref in self._loads.demote(now):
+            self._refresh(self._workers[ref])
+        growth = self._lengths.mean_running
+        wish = Wish(
+            arrival.prompt,
+            arrival.prompt + 1,
+            objectives=Objectives(arrival.ttft_ms, arrival.tpot_ms),
+            answer_tokens=self._lengths.mean,
+            growth=growth,
+            cached_tokens=self._cached(arrival) if self._prefix_aware else {},
+        )
+        placement = decide(self._policy, self._snapshot, wish, now)
+        assert placement is not None
+        if placement.forecast is not None:
+            served.ttft_forecast_ms = placement.forecast.ttft_ms
+        if admit(self._admission, placement.forecast, wish.objectives) is not None:
+            served.refused = True
+            self.missed += 1
+            self.ended_count += 1
+            return served
+        due = now + arrival.ttft_ms / 1e3
+        self._loads.placed(request_id, placement, arrival.prompt, growth, arrival.tpot_ms, due)
+        prefill, decode = self._workers[placement.prefill], self._workers[placement.decode]
+        self._refresh(prefill, decode)
+        self._places[request_id] = (prefill, decode)
+        if placement.whole:
+            prefill.take(served, None, now)
+        else:
+            decode.expect(served, prefill)
+            prefill.take(served, decode, now)
+        return served
+
+    # what workers say
+
+    def started(self, served: Served, now: float) -> None:
+        self._loads.started(served.request_id, now)
+        self._refresh(self._places[served.request_id][0])
+
+    def first_token(self, served: Served, now: float) -> None:
+        self._loads.token(served.request_id)
+        self._refresh(*self._places[served.request_id])
+
+    def grown(self, served: Served, count: int) -> None:
+        self._loads.token(served.request_id, count)
+
+    def ended(self, served: Served, worker: VirtualWorker, now: float) -> None:
+        self._loads.left(served.request_id)
+        self._lengths.ended(served.arrival.output)
+        self.ended_count += 1
+        self.missed += not served.good
+        self._refresh(*self._places.pop(served.request_id))
+
+    def measured(self, worker: VirtualWorker) -> None:
+        self._refresh(worker)
+
+    def _refresh(self, *workers: VirtualWorker) -> None:
+        for worker in workers:
+            self._snapshot.update(self._view(worker))
+
+    def _view(self, worker: VirtualWorker) -> WorkerView:
+        load, spec = self._loads[worker.ref], worker.spec
+        return WorkerView(
+            worker.ref,
+            worker.role,
+            1 << 20,
+            spec.num_blocks * spec.block_size,
+            load.prefill_tokens,
+            load.kv_tokens,
+            load.num_requests,
+            worker.cost,
+            spec.chunk_tokens,
+            spec.max_batch,
+            load.prefill_ms,
+            load.head_ms,
+            load.head_since,
+            load.batch,
+            load.kv_growth,
+            load.tpot_ms,
+        )
+
+    def _cached(self, arrival: Arrival) -> Mapping[WorkerRef, int]:
+        """How much of the prompt lies on each worker."""
+        names = arrival.block_hashes
+        found = {}
+        for ref, worker in self._workers.items():
+            if not names:
+                break
+            low, high = 0, len(names)  # a prefix: what is there is there from its beginning
+            while low < high:
+                middle = (low + high + 1) // 2
+                if worker.cache.pool.find(names[middle - 1]) is not None:
+                    low = middle
+                else:
+                    high = middle - 1
+            if low:
+                found[ref] = low * worker.spec.block_size
+        return found

@@ -1,0 +1,598 @@
+"""A worker in virtual time: the real schedulers and block accounts, steps that only take time.
+
+    prompt    WAITING -> COMPUTING -> (joins the batch here | HOLDING -> delivered to a peer)
+    answer    RESERVING -> RECEIVING -> RUNNING -> done
+
+A step with chunks is an event. A run of steps that only decode is one event too, to the
+step at whose end somebody is done, and cut short where something happens before: in between
+the batch is the same, and its time is a sum. Blocks that a run has grown are booked when an
+account is looked at next; where the pool gets short, the decode scheduler is asked step by
+step.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..cache.kvcache import KvCache
+from ..cache.retired import RetiredSequences
+from ..cache.sequence import Sequence
+from ..core.cost import CalibratedCost, StepCost
+from ..core.ids import Attempt, Role, WorkerRef
+from ..core.lengths import AnswerLengths
+from ..core.messages import Key, TokenItem
+from ..core.params import SamplingParams
+from ..decode.finish import FinishRules
+from ..decode.phase import DecodePhase
+from ..prefill.pace import Pace, chunk_tokens
+from ..prefill.phase import Chunk, PrefillPhase
+from ..prefill.prompt import Prompt, PromptKind, PromptState
+from .workload import Arrival
+
+_MAX_CONTEXT = 1 << 24
+_PROMPT_SLOTS = 64
+_PUBLISH_S = 0.5  # a worker tells the router its corrected costs so often, as its beats do
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """How a worker is made. ``cost`` is what it believes; steps take ``slowdown`` times that,
+    with a jitter of that relative deviation.
+
+    ``paced``: chunks are as large as the batch leaves room for (``prefill.pace``), at most
+    ``chunk_tokens``; else always ``chunk_tokens``, less a token for each running sequence.
+    ``demote``: prompts certain to miss their deadline step behind the others.
+    """
+
+    cost: StepCost
+    num_blocks: int
+    block_size: int = 16
+    max_batch: int = 256
+    chunk_tokens: int = 2048
+    paced: bool = True
+    demote: bool = True
+    prefix_cache: bool = False
+    slowdown: float = 1.0
+    jitter: float = 0.0
+    transfer_s: float = 0.003  # a transfer's own time
+    transfer_s_per_token: float = 1.3e-6  # 128 KiB a token at 100 GB/s
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """One request and what became of it. Times in seconds, from the start of the run."""
+
+    arrival: Arrival
+    request_id: str
+    attempt: Attempt
+    refused: bool = False
+    first: float | None = None
+    last: float | None = None
+    ttft_forecast_ms: float | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.refused or self.last is not None
+
+    @property
+    def ttft_ms(self) -> float:
+        return (self.first - self.arrival.time) * 1e3 if self.first is not None else math.inf
+
+    @property
+    def tpot_ms(self) -> float:
+        """0 for an answer of one token."""
+        if self.last is None or self.first is None:
+            return math.inf
+        return (self.last - self.first) * 1e3 / max(1, self.arrival.output - 1)
+
+    @property
+    def good(self) -> bool:
+        arrival = self.arrival
+        return self.ttft_ms <= arrival.ttft_ms and self.tpot_ms <= arrival.tpot_ms
+
+
+class Listener(Protocol):
+    """What a worker says to the router."""
+
+    def started(self, served: Served, now: float) -> None: ...
+    def first_token(self, served: Served, now: float) -> None: ...
+    def grown(self, served: Served, count: int) -> None: ...
+    def ended(self, served: Served, worker: VirtualWorker, now: float) -> None: ...
+    def measured(self, worker: VirtualWorker) -> None: ...
+
+
+class Timeline(Protocol):
+    def at(self, time: float, call: Callable[[float], None]) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """A running sequence. It has ``seq.num_tokens`` tokens as of step ``settled``."""
+
+    served: Served
+    seq: Sequence
+    settled: int
+    told: int  # the step up to which the router was told of its tokens
+    end_step: int
+    due_base: float  # what ``Pace.due`` says of index 0, moved to step 0
+    tpot_s: float
+
+
+@dataclass(slots=True)
+class _Run:
+    """A number of decode steps that has begun at ``start``; each ``slope`` longer than the one
+    before. A step with ``chunks`` is a run of one."""
+
+    start: float
+    steps: int
+    first_s: float
+    slope_s: float
+    chunks: list[Chunk]
+    work_ms: float
+    version: int
+    skipped: tuple[_Stream, ...] = ()
+
+    def after(self, steps: int) -> float:
+        return self.start + steps * self.first_s + self.slope_s * steps * (steps - 1) / 2
+
+
+@dataclass(slots=True)
+class _Transfer:
+    served: Served
+    prompt: Prompt
+    receiver: VirtualWorker
+    last_chunk: int = 0
+    delivering: bool = False
+
+
+@dataclass(slots=True)
+class Usage:
+    """Seconds with a chunk in the step, seconds with only decode, and tokens of each."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    recomputed: int = 0
+    steps: int = 0
+
+
+@dataclass(eq=False)
+class VirtualWorker:
+    ref: WorkerRef
+    role: Role
+    spec: WorkerSpec
+    timeline: Timeline
+    router: Listener
+    rng: random.Random
+    usage: Usage = field(default_factory=Usage)
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        self.cache = KvCache(spec.num_blocks, spec.block_size, b"", spec.prefix_cache)
+        self._retired = RetiredSequences(self.cache.release)
+        self.prefill = PrefillPhase(self.cache, self._retired)
+        rules = FinishRules(frozenset(), _MAX_CONTEXT)
+        self.decode = DecodePhase(self.cache, self._retired, rules, spec.max_batch)
+        self.costs = CalibratedCost(spec.cost)
+        self.cost = spec.cost  # as corrected when it was last looked at
+        self._truth = spec.cost.scaled(spec.slowdown, spec.slowdown)
+        self._lengths = AnswerLengths()
+        self._served: dict[Attempt, Served] = {}
+        self._transfers: dict[Attempt, _Transfer] = {}
+        self._senders: dict[Attempt, VirtualWorker] = {}  # of what is to decode here
+        self._expected: dict[Attempt, Sequence] = {}
+        self._arrived: list[Attempt] = []
+        self._streams: dict[Attempt, _Stream] = {}
+        self._ends: list[tuple[int, int, _Stream]] = []
+        self._kv = 0  # tokens of all streams, drawn ones included
+        self._step = 0
+        self._settled = 0  # the step as of which all blocks are booked
+        self._run: _Run | None = None
+        self._count = 0
+        self._published = 0.0
+
+    @property
+    def batch(self) -> int:
+        return len(self._streams)
+
+    @property
+    def idle(self) -> bool:
+        return not self._served
+
+    # what the router says
+
+    def take(self, served: Served, receiver: VirtualWorker | None, now: float) -> None:
+        """To prefill; the answer is written here too where there is no ``receiver``."""
+        seq = self._sequence(served)
+        kind = PromptKind.LOCAL if receiver is None else PromptKind.TRANSFER
+        arrival = served.arrival
+        prompt = Prompt(seq, kind, deadline=arrival.time + arrival.ttft_ms / 1e3)
+        self._served[served.attempt] = served
+        if receiver is not None:
+            self._transfers[served.attempt] = _Transfer(served, prompt, receiver)
+        self.prefill.add(prompt)
+        self._wake(now)
+
+    def expect(self, served: Served, sender: VirtualWorker) -> None:
+        """To decode what ``sender`` prefills."""
+        seq = self._sequence(served)
+        self._served[served.attempt] = served
+        self._senders[served.attempt] = sender
+        self._expected[served.attempt] = seq
+        self.decode.expect(seq)
+
+    def _sequence(self, served: Served) -> Sequence:
+        arrival = served.arrival
+        seq = Sequence(
+            Key(served.request_id, 1),
+            _ANY_LENGTH,
+            self._count,
+            arrival.prompt,
+            [0] * arrival.prompt,
+            block_hashes=list(arrival.block_hashes),
+        )
+        self._count += 1
+        return seq
+
+    # what a peer says
+
+    def requested(self, attempt: Attempt, now: float) -> None:
+        """The sender has begun the prompt."""
+        self.decode.request(attempt)
+        self._grant(now)
+
+    def granted(self, attempt: Attempt, now: float) -> None:
+        """The receiver has room."""
+        self.prefill.grant(attempt, now)
+        self._deliver(attempt, now)
+
+    def withdrawn(self, attempt: Attempt, now: float) -> None:
+        """Its first token was its last."""
+        self._served.pop(attempt)
+        self._senders.pop(attempt)
+        self._expected.pop(attempt)
+        seq = self.decode.remove(attempt)
+        assert seq is not None
+        self._retired.add(seq)
+        self._grant(now)
+
+    def _deliver(self, attempt: Attempt, now: float) -> None:
+        """Where it is both computed and granted, its last blocks travel now."""
+        transfer = self._transfers[attempt]
+        prompt = transfer.prompt
+        if transfer.delivering or not prompt.granted or prompt.state is not PromptState.HOLDING:
+            return
+        transfer.delivering = True
+        spec = self.spec
+        time = now + spec.transfer_s + spec.transfer_s_per_token * transfer.last_chunk
+
+        def arrive(now: float) -> None:
+            del self._transfers[attempt], self._served[attempt]
+            self._retired.add(self.prefill.remove(attempt).seq)
+            transfer.receiver._received(attempt, now)
+            self._wake(now)
+
+        self.timeline.at(time, arrive)
+
+    def _received(self, attempt: Attempt, now: float) -> None:
+        del self._senders[attempt]
+        self._arrived.append(attempt)
+        self._wake(now)
+
+    # steps
+
+    def _wake(self, now: float) -> None:
+        """Something has changed: an idle worker begins, a run of decode steps is cut short at
+        the end of the step that is on."""
+        run = self._run
+        if run is None:
+            self._plan(now)
+            return
+        if run.chunks or run.steps == 1 or run.after(run.steps) <= now:
+            return
+        passed = now - run.start
+        if run.slope_s > 0:
+            half, whole = run.slope_s / 2, run.first_s - run.slope_s / 2
+            steps = math.ceil((math.sqrt(whole * whole + 4 * half * passed) - whole) / (2 * half))
+        else:
+            steps = math.ceil(passed / run.first_s)
+        steps = max(1, steps)
+        while run.after(steps) < now:  # by rounding
+            steps += 1
+        if steps < run.steps:
+            run.steps = steps
+            run.version += 1
+            self._schedule_end(run)
+
+    def _schedule_end(self, run: _Run) -> None:
+        version = run.version
+
+        def end(now: float) -> None:
+            if self._run is run and run.version == version:
+                self._end(run, now)
+
+        self.timeline.at(run.after(run.steps), end)
+
+    def _plan(self, now: float) -> None:
+        assert self._run is None
+        for attempt in self._arrived:
+            seq = self.decode.received(self._expected.pop(attempt).attempt)
+            self._join(self._served[attempt], seq, 1)
+        self._arrived.clear()
+        skipped: tuple[_Stream, ...] = ()
+        short = self._short(2 * self.batch)
+        if short and self._streams:
+            self._settle()
+            short = self.cache.num_available < self.batch
+            if short:
+                skipped = self._step_by_step()
+        self._grant(now)
+        chunks = self._chunks(now) if self._has_prompts else []
+        batch = self.batch - len(skipped)
+        if not chunks and not batch:
+            return
+        kv = self._kv - sum(stream.seq.num_tokens for stream in skipped)
+        cost, truth = self.spec.cost, self._truth
+        work = sum(cost.prefill.work_ms(chunk.num_tokens, chunk.start) for chunk in chunks)
+        seconds = truth.ms(batch, kv, work * self.spec.slowdown) / 1e3
+        steps = 1
+        if not chunks and not short:
+            steps = self._ends[0][0] - self._step
+            room = (self.cache.num_available - self._pending(0)) // max(1, batch) - 1
+            steps = max(1, min(steps, room * self.spec.block_size))
+        slope = truth.decode.per_kv_token_ms * batch / 1e3
+        if self.spec.jitter:
+            deviation = self.spec.jitter / math.sqrt(steps)
+            factor = max(0.2, self.rng.gauss(1.0, deviation))
+            seconds, slope = seconds * factor, slope * factor
+        self._run = _Run(now, steps, seconds, slope, chunks, work, 0, skipped)
+        self._schedule_end(self._run)
+
+    @property
+    def _has_prompts(self) -> bool:
+        return self.prefill.first is not None
+
+    def _chunks(self, now: float) -> list[Chunk]:
+        spec, cost = self.spec, self.cost
+        if spec.demote:
+            self.prefill.demote(now, self._seconds_left)
+        most = spec.chunk_tokens
+        if not spec.paced:
+            most = max(1, most - self.batch)
+        elif self._streams:
+            first = self.prefill.first
+            assert first is not None
+            due = min(s.due_base + s.tpot_s * (self._step + 1) for s in self._streams.values())
+            context = first.seq.num_scheduled_tokens
+            most = chunk_tokens(cost, most, self.batch, self._kv, due - now, context)
+        chunks, _ = self.prefill.schedule(
+            most, _PROMPT_SLOTS, self._spare, lambda prompt: self._started(prompt, now)
+        )
+        for chunk in chunks:
+            chunk.prompt.seq.num_scheduled_tokens += chunk.num_tokens
+        return chunks
+
+    def _seconds_left(self, prompt: Prompt) -> float:
+        """The least time that a prompt still takes, were it alone."""
+        left, start = prompt.seq.num_missing_tokens, prompt.seq.num_scheduled_tokens
+        return self.cost.prefill.work_ms(left, start) / 1e3
+
+    def _started(self, prompt: Prompt, now: float) -> None:
+        if prompt.kind is PromptKind.LOCAL:
+            self.decode.take_place(prompt.seq)
+        if prompt.kind is PromptKind.RECOMPUTE or prompt.dropped:
+            return
+        served = self._served[prompt.attempt]
+        served.num_cached_tokens = prompt.seq.num_cached_tokens
+        self.router.started(served, now)
+        if prompt.kind is PromptKind.TRANSFER:
+            self._transfers[prompt.attempt].receiver.requested(prompt.attempt, now)
+
+    def _end(self, run: _Run, now: float) -> None:
+        self._run = None
+        batch = self.batch - len(run.skipped)
+        for stream in run.skipped:
+            stream.settled += run.steps
+            stream.end_step += run.steps
+            stream.due_base -= stream.tpot_s * run.steps
+            self._push(stream)
+        self._observe(run, batch, now)
+        self._step += run.steps
+        self._kv += batch * run.steps
+        while self._ends and self._ends[0][0] <= self._step:
+            end_step, _, stream = heapq.heappop(self._ends)
+            if stream.end_step == end_step and self._streams.get(stream.seq.attempt) is stream:
+                self._finish(stream, now)
+        for chunk in run.chunks:
+            self._computed(chunk, now)
+        if self._step - self._settled > 64:
+            self._settle()
+        self._plan(now)
+
+    def _observe(self, run: _Run, batch: int, now: float) -> None:
+        taken = (now - run.start) * 1e3
+        usage, kv = self.usage, self._kv + batch * (run.steps - 1) / 2
+        if run.chunks:
+            usage.prefill_s += taken / 1e3
+            usage.prefill_tokens += sum(chunk.num_tokens for chunk in run.chunks)
+        else:
+            usage.decode_s += taken / 1e3
+        usage.decode_tokens += batch * run.steps
+        usage.steps += run.steps
+        step_ms = taken / run.steps
+        self.costs = self.costs.observed(batch, int(kv), run.work_ms, step_ms, run.steps)
+        if now - self._published >= _PUBLISH_S:
+            self._published = now
+            self.cost = self.costs.cost
+            self.router.measured(self)
+
+    def _computed(self, chunk: Chunk, now: float) -> None:
+        prompt, seq = chunk.prompt, chunk.prompt.seq
+        seq.num_computed_tokens = chunk.start + chunk.num_tokens
+        self.cache.store(seq)
+        if not chunk.last:
+            return
+        attempt = prompt.attempt
+        served = self._served[attempt]
+        if served.first is None:
+            served.first = now
+            self.router.first_token(served, now)
+            if served.arrival.output == 1:
+                self._ended_by_first(prompt, served, now)
+                return
+        self.prefill.computed(prompt)
+        if prompt.kind is PromptKind.TRANSFER:
+            prompt.token = TokenItem(seq.key, 0, 0)
+            transfer = self._transfers[attempt]
+            transfer.last_chunk = chunk.num_tokens if prompt.granted else seq.num_tokens
+            self._deliver(attempt, now)
+        elif prompt.kind is PromptKind.LOCAL:
+            self._join(served, seq, 1)
+        else:
+            self.usage.recomputed += 1
+            self._join(served, seq, seq.num_output_tokens + 1)
+
+    def _ended_by_first(self, prompt: Prompt, served: Served, now: float) -> None:
+        served.last = now
+        attempt = prompt.attempt
+        self._retired.add(self.prefill.remove(attempt).seq)
+        self.decode.remove(attempt)
+        del self._served[attempt]
+        self._lengths.ended(1)
+        transfer = self._transfers.pop(attempt, None)
+        if transfer is not None:
+            transfer.receiver.withdrawn(attempt, now)
+        self.router.ended(served, self, now)
+
+    # the batch
+
+    def _join(self, served: Served, seq: Sequence, num_output: int) -> None:
+        """``num_output`` tokens of the answer are there, with the one just drawn."""
+        seq.token_ids.append(0)
+        assert seq.num_output_tokens == num_output
+        arrival, step = served.arrival, self._step
+        self.decode.join(seq)
+        assert served.first is not None
+        tpot_s = arrival.tpot_ms / 1e3
+        pace = Pace(served.first, tpot_s, self._lengths.mean)
+        per_token = pace.due(1) - pace.due(0)
+        due_base = pace.due(num_output - 1) - per_token * step
+        end_step = step + max(0, arrival.output - num_output)
+        stream = _Stream(served, seq, step, step, end_step, due_base, per_token)
+        self._streams[seq.attempt] = stream
+        self._kv += seq.num_tokens
+        self._push(stream)
+
+    def _push(self, stream: _Stream) -> None:
+        self._count += 1
+        heapq.heappush(self._ends, (stream.end_step, self._count, stream))
+
+    def _finish(self, stream: _Stream, now: float) -> None:
+        self._book(stream)
+        seq, served = stream.seq, stream.served
+        del self._streams[seq.attempt], self._served[seq.attempt]
+        self._kv -= seq.num_tokens
+        served.last = now
+        self._lengths.ended(served.arrival.output)
+        self.cache.store(seq)
+        self.decode.remove(seq.attempt)
+        self._retired.add(seq)
+        self.router.ended(served, self, now)
+
+    def _book(self, stream: _Stream) -> None:
+        """Writes down the tokens and blocks of the steps since it was last looked at."""
+        seq, steps = stream.seq, self._step - stream.settled
+        if steps <= 0:
+            return
+        stream.settled = self._step
+        seq.token_ids.extend([0] * steps)
+        seq.num_scheduled_tokens = seq.num_computed_tokens = seq.num_tokens - 1
+        while len(seq.block_table) * self.cache.block_size < seq.num_tokens - 1:
+            grown = self.cache.grow(seq)
+            assert grown, "a run was longer than the pool had room for"
+        if stream.served.arrival.output > 1 and self._step - stream.told > 0:
+            self.router.grown(stream.served, self._step - stream.told)
+            stream.told = self._step
+
+    def _settle(self) -> None:
+        if self._settled != self._step:
+            for stream in self._streams.values():
+                self._book(stream)
+            self._settled = self._step
+
+    def _pending(self, steps: int) -> int:
+        """At most so many blocks will be booked, if ``steps`` more are done."""
+        unbooked = self._step - self._settled + steps
+        return self.batch * (unbooked // self.spec.block_size + 1)
+
+    def _short(self, num_blocks: int) -> bool:
+        """Whether fewer may be available, as far as can be told without booking."""
+        return self.cache.num_available - self._pending(0) < num_blocks
+
+    def _step_by_step(self) -> tuple[_Stream, ...]:
+        """The decode scheduler says who runs: returns who sits this step out."""
+        rows, preempted = self.decode.schedule(lambda: bool(self.prefill.make_room(1)))
+        for seq in preempted:
+            stream = self._streams.pop(seq.attempt)
+            self._kv -= stream.seq.num_tokens
+            self.prefill.add(Prompt(seq, PromptKind.RECOMPUTE))
+        running = {seq.attempt for seq in rows}
+        return tuple(s for attempt, s in self._streams.items() if attempt not in running)
+
+    # room
+
+    def _grant(self, now: float) -> None:
+        while self.decode.num_reserving and not self.prefill.urgent:
+            if self._run is None or not self._run.skipped:
+                self._settle_if_short()
+            reservation = self.decode.reserve()
+            if reservation is None and self._standing_still:
+                reservation = self.decode.reserve_lowest(
+                    lambda num_blocks, above: self._make_room(num_blocks, above)
+                )
+            if reservation is None:
+                return
+            self._senders[reservation.attempt].granted(reservation.attempt, now)
+
+    def _make_room(self, num_blocks: int, above: str) -> None:
+        self.prefill.make_room(num_blocks, above)
+
+    @property
+    def _standing_still(self) -> bool:
+        return not (self.decode.frees_blocks or self.prefill.frees_blocks or self._retired)
+
+    def _settle_if_short(self) -> None:
+        """Books what has grown, where a claim might see more blocks than there are. In the
+        middle of a run that is what its start has left: the rest is still to come."""
+        if self._short(self.spec.num_blocks // 8):
+            self._settle()
+
+    def _spare(self, prompt: Prompt) -> int | None:
+        self._settle_if_short()
+        match prompt.kind:
+            case PromptKind.RECOMPUTE:
+                return self.decode.spare(prompt.seq)
+            case PromptKind.LOCAL:
+                if self.decode.num_reserving or self.decode.num_free_places == 0:
+                    return None
+                return self.decode.spare(prompt.seq)
+            case PromptKind.TRANSFER:
+                if self.decode.num_reserving and not prompt.begun:
+                    return None
+                return self.decode.spare(prompt.seq, joins=False)
+
+    def check(self) -> None:
+        """Asserts that every block is accounted for."""
+        self._settle()
+        held = {*self._retired, *self.decode, *(prompt.seq for prompt in self.prefill)}
+        self.cache.check(held)
+
+
+_ANY_LENGTH = SamplingParams(max_tokens=1 << 20)  # nobody knows how long an answer gets

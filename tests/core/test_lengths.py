@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pdserve.core.lengths import AnswerLengths
+
+
+def test_answers_of_one_length_hold_half_of_it_on_average() -> None:
+    lengths = AnswerLengths()
+    assert lengths.mean == 256.0
+    for _ in range(2000):
+        lengths.ended(100)
+    assert lengths.mean == pytest.approx(100, rel=0.01)
+    assert lengths.mean_running == pytest.approx(50, rel=0.02)
+
+
+def test_the_mean_of_a_batch_is_that_of_who_is_in_it() -> None:
+    """A batch in which each place is refilled at once, looked at at random moments."""
+    rng = random.Random(3)
+    lengths = AnswerLengths()
+    held = []
+    for _ in range(4000):
+        length = rng.choice([10, 400])
+        lengths.ended(length)
+        held += [index for index in range(length) if rng.random() < 0.01]
+    assert lengths.mean_running == pytest.approx(sum(held) / len(held), rel=0.1)
+
+
+def test_a_new_kind_of_answer_is_learned() -> None:
+    lengths = AnswerLengths()
+    for _ in range(1000):
+        lengths.ended(50)
+    for _ in range(600):
+        lengths.ended(500)
+    assert lengths.mean == pytest.approx(500, rel=0.15)

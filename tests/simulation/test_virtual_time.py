@@ -1,0 +1,240 @@
+"""A deployment in virtual time: accounts, determinism, and what a policy must get right."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdserve import cli
+from pdserve.core.config import Admission, Policy
+from pdserve.core.cost import DecodeCost, PrefillCost, StepCost
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import Role
+from pdserve.simulation.capacity import find
+from pdserve.simulation.compare import Cell, run_cell, table
+from pdserve.simulation.costs import EIGHT_B_ON_H200, read_steps
+from pdserve.simulation.run import Fleet, Outcome, simulate
+from pdserve.simulation.virtual_worker import WorkerSpec
+from pdserve.simulation.workload import (
+    Arrival,
+    Length,
+    arrivals,
+    poisson,
+    read_trace,
+    rescaled,
+    synthetic,
+)
+
+ROOT = Path(__file__).parents[2]
+COST = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
+SPEC = WorkerSpec(COST, num_blocks=2000, jitter=0.0)
+P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
+
+
+def fleet(
+    *roles: Role,
+    policy: Policy = Policy.ADAPTIVE,
+    admission: Admission = Admission.OPEN,
+    spec: WorkerSpec = SPEC,
+) -> Fleet:
+    return Fleet("tested", roles, policy, admission, spec)
+
+
+def one(prompt: int, output: int, time: float = 0.0, **more: float) -> Arrival:
+    return Arrival(time, prompt, output, **more)
+
+
+def load(rate: float, count: int = 300, prompt: int = 512, output: int = 64) -> list[Arrival]:
+    return arrivals(poisson(synthetic(prompt, output, count, 1), rate, count, 1), 500.0, 30.0)
+
+
+def times(outcome: Outcome) -> list[tuple[float | None, float | None]]:
+    return [(one.first, one.last) for one in outcome.served]
+
+
+def test_one_request_alone_takes_what_its_steps_cost() -> None:
+    outcome = simulate(fleet(M, policy=Policy.COLOCATED), [one(1000, 11)])
+    (served,) = outcome.served
+    assert served.ttft_ms == pytest.approx(COST.prefill.ms(1000))
+    steps = [COST.decode.ms(1, 1001 + index) for index in range(10)]
+    assert served.tpot_ms == pytest.approx(sum(steps) / 10)
+
+
+def test_a_prompt_is_cut_into_chunks_and_the_split_adds_a_transfer() -> None:
+    spec = replace(SPEC, chunk_tokens=400, paced=False)
+    roles = fleet(P, D, policy=Policy.DISAGGREGATED, spec=spec)
+    (served,) = simulate(roles, [one(1000, 2)]).served
+    chunks = COST.prefill.ms(400) * 2 + COST.prefill.ms(200)
+    assert served.ttft_ms == pytest.approx(chunks)
+    transfer_ms = (spec.transfer_s + 200 * spec.transfer_s_per_token) * 1e3
+    assert served.tpot_ms == pytest.approx(transfer_ms + COST.decode.ms(1, 1001))
+
+
+def test_a_run_of_steps_is_cut_short_where_somebody_comes() -> None:
+    arrivals = [one(100, 200), one(100, 200, time=0.5)]
+    both = simulate(fleet(M, policy=Policy.COLOCATED), arrivals).served
+    alone = simulate(fleet(M, policy=Policy.COLOCATED), arrivals[:1]).served
+    assert both[-1].ttft_ms < 20.0  # it did not wait for the other one's answer
+    assert alone[0].last is not None and both[0].last is not None
+    assert alone[0].last < both[0].last < alone[0].last * 1.2
+
+
+@pytest.mark.parametrize("output", [1, 2])
+@pytest.mark.parametrize("policy", list(Policy))
+def test_short_answers_end(policy: Policy, output: int) -> None:
+    outcome = simulate(fleet(P, D, policy=policy), [one(64, output, time=t) for t in (0, 0.01)])
+    assert all(served.last is not None for served in outcome.served)
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+@pytest.mark.parametrize("num_blocks", [60, 2000])
+def test_every_request_ends_and_every_block_comes_back(policy: Policy, num_blocks: int) -> None:
+    """With few blocks: sequences are preempted, prompts dropped, and nobody waits for ever."""
+    spec = replace(SPEC, num_blocks=num_blocks, jitter=0.2, slowdown=1.1)
+    outcome = simulate(fleet(P, D, M, policy=policy, spec=spec), load(40.0, 150, 200, 300))
+    assert all(served.last is not None for served in outcome.served)
+    for usage in outcome.usage:
+        assert usage.prefill_s + usage.decode_s <= outcome.end_s + 1e-9
+    if num_blocks == 60:
+        assert sum(usage.recomputed for usage in outcome.usage) > 0
+
+
+def test_the_same_seed_gives_the_same_times() -> None:
+    spec = replace(SPEC, jitter=0.2)
+    runs = [simulate(fleet(P, D, spec=spec), load(20.0), seed) for seed in (1, 1, 2)]
+    assert times(runs[0]) == times(runs[1]) != times(runs[2])
+
+
+def test_a_hundred_workers_serve() -> None:
+    roles = (P,) * 50 + (D,) * 50
+    outcome = simulate(fleet(*roles), load(500.0, count=1000))
+    assert outcome.attainment == 1.0
+
+
+def test_what_is_refused_leaves_the_others_in_time() -> None:
+    too_much = load(300.0, count=900)
+    everybody = simulate(fleet(P, D), too_much)
+    chosen = simulate(fleet(P, D, admission=Admission.SLO), too_much)
+    assert chosen.attainment > everybody.attainment
+    served = [one for one in chosen.served if not one.refused]
+    assert 0 < len(served) < len(chosen.served)
+    assert sum(one.good for one in served) / len(served) > 0.9
+
+
+def test_steps_slower_than_believed_are_learned() -> None:
+    """Admission by the costs of the start would let in twice what can be served."""
+    spec = replace(SPEC, slowdown=1.5, jitter=0.2)
+    outcome = simulate(fleet(P, D, admission=Admission.SLO, spec=spec), load(160.0, count=900))
+    served = [one for one in outcome.served if not one.refused]
+    assert sum(one.good for one in served) / len(served) > 0.85
+
+
+def test_the_adaptive_policy_is_no_worse_than_the_static_ones() -> None:
+    """The table in small."""
+    spec = WorkerSpec(EIGHT_B_ON_H200, 880_000 // 64, 64)
+    for cell in (Cell("code", 500.0, 30.0, 2, 250), Cell("code", 200.0, 10.0, 2, 250)):
+        row = run_cell(cell, spec, None, ours=False, chunks=(512,))
+        assert row.ratio >= 0.98, row
+        assert cell.workload in table([row])
+
+
+def test_capacity_is_where_nine_in_ten_are_in_time() -> None:
+    def at(rate: float) -> list[Arrival]:
+        return load(rate)
+
+    alone = fleet(M, policy=Policy.COLOCATED)
+    found = find(alone, at, 5.0, least=0.1)
+    assert found.outcome is not None and found.outcome.attainment >= 0.9
+    assert simulate(alone, at(found.rate * 1.1)).attainment < 0.9
+    impossible = [replace(row, ttft_ms=1.0) for row in at(1.0)]
+    assert find(alone, lambda _: impossible, 5.0, least=0.1).rate == 0.0
+
+
+def test_a_prefix_that_lies_on_a_worker_is_found_there() -> None:
+    spec = replace(SPEC, prefix_cache=True)
+    names = tuple(b"%d" % index for index in range(62))
+    rows = [
+        Arrival(float(second), 1000, 4, 500.0, 30.0, names) for second in range(6)
+    ]  # a conversation that comes back
+    served = simulate(fleet(P, D, P, D, spec=spec), rows).served
+    assert [one.num_cached_tokens for one in served[-3:]] == [992, 992, 992]
+    assert served[-1].ttft_ms < served[0].ttft_ms / 2 or served[-1].ttft_ms < 10.0
+
+
+def test_the_coefficients_are_those_that_were_measured() -> None:
+    found = read_steps(ROOT / "docs" / "results" / "h200-8b-steps.json")
+    for n in (512, 2048, 8192):
+        assert EIGHT_B_ON_H200.prefill.ms(n) == pytest.approx(found.prefill.ms(n), rel=1e-3)
+    for batch in (1, 64, 256):
+        expected = found.decode.ms(batch, batch * 1000)
+        assert EIGHT_B_ON_H200.decode.ms(batch, batch * 1000) == pytest.approx(expected, rel=1e-3)
+
+
+# traces
+
+
+def test_traces_are_read(tmp_path: Path) -> None:
+    azure = tmp_path / "azure.csv.gz"
+    azure.write_bytes(
+        gzip.compress(
+            b"TIMESTAMP,ContextTokens,GeneratedTokens\n"
+            b"2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:05.4799600,110,27\n"
+        )
+    )
+    first, second = read_trace(azure)
+    assert (first.prompt, first.output, first.time) == (4808, 10, 0.0)
+    assert second.time == pytest.approx(1.5)
+    mooncake = tmp_path / "mooncake.jsonl"
+    rows = [
+        {"timestamp": 3000, "input_length": 1100, "output_length": 5, "hash_ids": [7, 8, 9]},
+        {"timestamp": 1000, "input_length": 600, "output_length": 6, "hash_ids": [7, 4]},
+    ]
+    mooncake.write_text("\n".join(map(json.dumps, rows)))
+    earlier, later = read_trace(mooncake)
+    assert (earlier.time, later.time, later.hash_ids) == (0.0, 2.0, (7, 8, 9))
+    named = arrivals([earlier, later], 500.0, 30.0, 256)
+    assert [len(one.block_hashes) for one in named] == [2, 4]
+    assert named[0].block_hashes == named[1].block_hashes[:2]
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", '{"timestamp": 1}\n', "\x00"])
+def test_what_is_no_trace_is_refused_in_words(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "t"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=str(path)):
+        read_trace(path)
+
+
+def test_a_trace_keeps_its_bursts_at_another_rate() -> None:
+    trace = [Length(10, 10, time) for time in (0.0, 1.0, 1.0, 4.0)]
+    assert [row.time for row in rescaled(trace, 3.0, 4)] == pytest.approx([0.0, 0.25, 0.25, 1.0])
+
+
+# the command
+
+
+def test_the_command_prints_a_row_for_each_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "configs" / "two-gpu.yaml")
+    arguments = ["simulate", file, "--trace", "512/32", "--rate", "10", "--requests", "200"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == [
+        "adaptive",
+        "colocated",
+        "disaggregated",
+    ]
+    assert cli.main([*arguments, "--json", "--capacity"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert all(row["attainment"] == 1.0 and row["capacity"] > 10 for row in rows)
+
+
+def test_the_command_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "configs" / "two-gpu.yaml")
+    assert cli.main(["simulate", file, "--trace", "/none", "--rate", "1"]) == 2
+    assert "/none" in capsys.readouterr().err
+    assert cli.main(["simulate", file, "--trace", "512/32", "--rate", "0"]) == 2
+    assert cli.main(["simulate", file, "--trace", "9000/32", "--rate", "1", "--kv-tokens=99"]) == 2
