@@ -92,6 +92,7 @@ Port = Annotated[
     Field(ge=0, le=65535, strict=True, description="a port from 0 to 65535 (0: any free one)"),
 ]
 Workers = Annotated[int, Field(ge=0, le=1024, strict=True, description="an integer from 0 to 1024")]
+Streams = Annotated[int, Field(ge=1, le=16, strict=True, description="an integer from 1 to 16")]
 BlockSize = Annotated[int, Field(ge=1, le=256, strict=True, description="an integer from 1 to 256")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Text = Annotated[str, Field(min_length=1, description="a text")]
@@ -165,6 +166,7 @@ class TransferSection(_Section):
         Field(description="auto, cuda_ipc, shm or tcp (inproc is for workers of one process)"),
     ] = "auto"
     checksums: Switch = Switch.AUTO  # auto: on over tcp
+    streams: Streams = 1  # sockets side by side between two workers, for tcp
     # this host's address for peers; auto: loopback, or the one that the router is reached from
     host: Text = "auto"
     lease_s: Seconds = 10.0  # unheard of for so long, a transfer is over

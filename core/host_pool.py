@@ -44,6 +44,23 @@ def runs(theirs: Sequence[int], ours: Sequence[int]) -> Iterator[tuple[int, int,
             start = end
 
 
+def by_block(blocks: Sequence[int], data: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
+    """The pieces of each block."""
+    count = len(data) // len(blocks)
+    assert count * len(blocks) == len(data), (len(blocks), len(data))
+    for start in range(0, len(data), count):
+        yield data[start : start + count]
+
+
+def join(pieces: Sequence[memoryview], target: Bytes) -> None:
+    """Fills ``target[block_bytes]``."""
+    at = 0
+    for piece in pieces:
+        target[at : at + piece.nbytes] = np.frombuffer(piece, np.uint8)
+        at += piece.nbytes
+    assert at == target.nbytes, (at, target.nbytes)
+
+
 class HostKvPool:
     """``core.plan.KvPool`` in host memory. What is read are views of the blocks themselves.
 
@@ -84,8 +101,8 @@ class HostKvPool:
         return [memoryview(self.bytes[block]) for block in blocks]
 
     def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
-        for block, frame in zip(blocks, data, strict=True):
-            self.bytes[block] = np.frombuffer(frame, np.uint8)
+        for block, pieces in zip(blocks, by_block(blocks, data), strict=True):
+            join(pieces, self.bytes[block])
 
     def zero_tail(self, block: int, num_tokens: int) -> None:
         layout = self._layout

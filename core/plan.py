@@ -181,7 +181,8 @@ class KvPool(Protocol):
         ...
 
     def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
-        """Fills whole blocks; returns when the bytes are in place."""
+        """Fills whole blocks, each from equally many pieces; returns when the bytes are in
+        place."""
         ...
 
     def zero_tail(self, block: int, num_tokens: int) -> None:

@@ -11,13 +11,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.errors import HandshakeRefused, OutOfMemory
 from ..core.generations import Generations
-from ..core.host_pool import generations_in, runs, table_bytes
+from ..core.host_pool import by_block, generations_in, join, runs, table_bytes
 from ..core.ids import Medium
 from ..core.plan import KvLayout, PeerPool, PoolExport
 from ..core.shared_memory import SharedMemory
@@ -178,7 +177,9 @@ class CudaKvPool:
             staging = self._staging(len(blocks))
             for row, block in enumerate(blocks):
                 staging[row].copy_(self._bytes[block], non_blocking=True)
-        self._reading.synchronize()
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+        done.synchronize()
         frames = staging.numpy()
         return [memoryview(frames[row]) for row in range(len(blocks))]
 
@@ -186,10 +187,12 @@ class CudaKvPool:
         with torch.cuda.device(self._device), torch.cuda.stream(self._writing):
             staging = self._staging(len(blocks))
             frames = staging.numpy()
-            for row, (block, frame) in enumerate(zip(blocks, data, strict=True)):
-                frames[row] = np.frombuffer(frame, np.uint8)
+            for row, (block, pieces) in enumerate(zip(blocks, by_block(blocks, data), strict=True)):
+                join(pieces, frames[row])
                 self._bytes[block].copy_(staging[row], non_blocking=True)
-        self._writing.synchronize()
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+        done.synchronize()
 
     def zero_tail(self, block: int, num_tokens: int) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._zeroing):

@@ -88,9 +88,9 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Check and copy frames into blocks of D's pool: ``frames[i]`` into ``blocks[i]``.
+    """Check and copy frames into blocks of D's pool, equally many for each block.
 
-    ``checksums`` holds an xxh3-64 a frame, or is empty.
+    ``checksums`` holds an xxh3-64 a block, or is empty.
     """
 
     attempt: Attempt

@@ -49,9 +49,13 @@ class Handshake:
             exports=self.exports,
         )
 
+    def knows(self, connect: Connect) -> bool:
+        """Whether it shows our token."""
+        return hmac.compare_digest(connect.token.encode(), self.token.encode())
+
     def answer(self, connect: Connect, prove: Prove) -> Accepted | Rejected:
         """A wrong token is told nothing else about this worker."""
-        if not hmac.compare_digest(connect.token.encode(), self.token.encode()):
+        if not self.knows(connect):
             return Rejected("the token is not the one this worker published")
         differences = [
             f"{name} is {theirs} there and {ours} here"

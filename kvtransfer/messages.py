@@ -52,6 +52,7 @@ class Connect:
     block_bytes: Count
     media: Annotated[tuple[Medium, ...], Field(max_length=8)]
     exports: Annotated[tuple[PoolExport, ...], Field(max_length=8)] = ()
+    stream: Annotated[int, Field(ge=0, lt=64)] = 0  # > 0: a further socket, for chunks only
 
 
 @dataclass(frozen=True, slots=True)

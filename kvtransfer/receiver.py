@@ -259,8 +259,8 @@ class Receiver:
         else:
             sound = (
                 sound
-                and len(frames) == chunk.num_blocks
-                and all(frame.nbytes == self._settings.block_bytes for frame in frames)
+                and tuple(frame.nbytes for frame in frames)
+                == self._settings.frame_sizes * chunk.num_blocks
             )
         if not sound:
             self.num_dropped += 1

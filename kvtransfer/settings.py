@@ -10,6 +10,8 @@ from ..core.messages import MAX_LIVE, Key
 from .handshake import BY_REFERENCE
 from .messages import MAX_CHUNK_BLOCKS, PeerBeat
 
+FRAME_BYTES = 1 << 20  # of a block by value, in as many as it takes: ZeroMQ is fastest near it
+
 
 @dataclass(frozen=True, slots=True)
 class TransferSettings:
@@ -62,6 +64,12 @@ class TransferSettings:
         size = self.offer_bytes if medium in BY_REFERENCE else self.chunk_bytes
         wanted = max(1, size // self.block_bytes)
         return min(wanted, self.window_blocks(medium), MAX_CHUNK_BLOCKS)
+
+    @property
+    def frame_sizes(self) -> tuple[int, ...]:
+        """Of the frames that one block travels in."""
+        starts = range(0, self.block_bytes, FRAME_BYTES)
+        return tuple(min(FRAME_BYTES, self.block_bytes - start) for start in starts)
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

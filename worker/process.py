@@ -167,6 +167,7 @@ class _Life:
             endpoint=wiring.kv_endpoint,
             keys=wiring.kv_keys,
             checksums=deployment.kv_transfer.checksums is not Switch.OFF,
+            streams=deployment.kv_transfer.streams,
             checksum_offers=deployment.kv_transfer.checksums is Switch.ON,
         )
         hello = Hello(

@@ -54,13 +54,14 @@ class Endpoints:
         keys: Keys | None,
         limits: SocketLimits,
         context: Context | None,
+        num_streams: int = 1,
     ) -> None:
         self._token = token
         self._frame_bytes = max(MAX_MESSAGE_BYTES, block_bytes)
         self._keys = keys
         self._limits = limits
         self._resources = contextlib.ExitStack()
-        self._context: Context = context or zmq.Context()
+        self._context: Context = context or zmq.Context(io_threads=num_streams)
         if context is None:
             self._resources.callback(self._context.term)
 

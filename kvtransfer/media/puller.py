@@ -6,17 +6,16 @@
     detach   the peer has gone: what is being copied ends, then its pool is unmapped
 
 Whatever the medium, copying is ``PeerPool.copy``. Pulls of one peer that wait together are
-one copy. The I/O thread waits for none of this: it polls ``fileno`` and takes the results.
+one copy. The I/O thread waits for none of this: it takes the results.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
-from collections import deque
 from itertools import groupby
+from typing import Any
 
 import xxhash
 
@@ -25,6 +24,7 @@ from ...core.ids import WorkerRef
 from ...core.plan import KvPool, PeerPool, PoolExport
 from ..effects import Pull
 from .events import Written
+from .results import Results
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +43,14 @@ class _Mapping:
 class Puller:
     """All pools of peers that this worker has mapped. Every call comes from the I/O thread."""
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: KvPool, results: Results[Any]) -> None:
+        """Each pull ends with a Written in ``results``."""
         self._pool = pool
+        self._results = results
         self._mappings: dict[WorkerRef, _Mapping] = {}
         self._jobs: queue.SimpleQueue[tuple[_Mapping, Pull | None] | None] = queue.SimpleQueue()
-        self._results: deque[Written | BaseException] = deque()
-        self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
         self._check_at = 0.0
-
-    def fileno(self) -> int:
-        """Readable when there are results."""
-        return self._waker
 
     def attach(self, peer: WorkerRef, export: PoolExport) -> str | None:
         """Maps the peer's pool; what is wrong where that can't be. Said again, it costs nothing."""
@@ -74,27 +70,13 @@ class Puller:
         return None
 
     def pull(self, pull: Pull) -> list[Written]:
-        """Begins it; the result comes with ``results``, or here where there is nothing to do."""
+        """Begins it; its result comes later, or here where there is nothing to do."""
         mapping = self._mappings.get(pull.peer)
         if mapping is None or max(pull.theirs) >= mapping.export.num_blocks:
             log.warning("%s: %s has offered blocks that it does not show", pull.attempt, pull.peer)
             return [Written(pull.attempt, pull.first_block, ok=False)]
         self._jobs.put((mapping, pull))
         return []
-
-    def results(self) -> list[Written]:
-        """Of the pulls that are over. Raises what the thread failed with."""
-        try:
-            os.eventfd_read(self._waker)
-        except BlockingIOError:
-            return []
-        results: list[Written] = []
-        while self._results:
-            result = self._results.popleft()
-            if isinstance(result, BaseException):
-                raise result
-            results.append(result)
-        return results
 
     def detach(self, peer: WorkerRef) -> None:
         """Unmaps the peer's pool, once what has begun is over."""
@@ -117,7 +99,6 @@ class Puller:
             self._jobs.put(None)
             self._thread.join(_STUCK_AFTER_S)
             assert not self._thread.is_alive(), "a copy hangs"
-        os.close(self._waker)
 
     # the thread
 
@@ -126,7 +107,7 @@ class Puller:
             while self._turn():
                 pass
         except BaseException as error:  # noqa: BLE001 (raised again by the I/O thread)
-            self._say(error)
+            self._results.put(error)
 
     def _turn(self) -> bool:
         """Does what waits, in order; False at the end."""
@@ -151,7 +132,8 @@ class Puller:
         ours = [block for pull in pulls for block in pull.blocks]
         mapping.pool.copy(theirs, ours)
         for pull in pulls:
-            self._say(Written(pull.attempt, pull.first_block, self._counts(mapping, pull)))
+            counts = self._counts(mapping, pull)
+            self._results.put(Written(pull.attempt, pull.first_block, counts))
 
     def _counts(self, mapping: _Mapping, pull: Pull) -> bool:
         """Whether what was copied is what was offered."""
@@ -164,10 +146,6 @@ class Puller:
         if found != pull.checksums:
             log.warning("%s: a block came in damaged", pull.attempt)
         return found == pull.checksums
-
-    def _say(self, result: Written | BaseException) -> None:
-        self._results.append(result)
-        os.eventfd_write(self._waker, 1)
 
 
 def _one_copy(job: tuple[_Mapping, Pull | None] | None) -> tuple[_Mapping, bool] | None:

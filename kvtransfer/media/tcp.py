@@ -22,13 +22,12 @@ is malformed, or comes from a stranger, is counted and dropped.
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias, cast
 
-import xxhash
 import zmq
 
 from ...core.errors import MalformedMessage
@@ -43,48 +42,23 @@ from ..messages import (
     TO_RECEIVER,
     TO_SENDER,
     Accepted,
-    Chunk,
     Connect,
     Rejected,
     ToReceiver,
     ToSender,
 )
+from .copier import Copier, Prepared, num_threads_for
 from .endpoints import Context, Endpoints, Socket, SocketLimits
-from .events import Answered, KvEvent, Received, Sent, SocketLost, Written
+from .events import Answered, KvEvent, Received, SocketLost, Written
+from .lines import MAX_STREAMS, Dialled, Guest, Line, Sending, Waiting, sent
 from .puller import Puller
+from .results import Results
 
 log = logging.getLogger(__name__)
 
-# a message already encoded, or a chunk, whose blocks are read when the socket takes it
-_Waiting: TypeAlias = bytes | SendBlocks
-
 Pollable: TypeAlias = Socket | int  # a descriptor
 
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Line:
-    """What waits for one peer."""
-
-    ref: WorkerRef
-    used_at: float
-    queue: deque[_Waiting] = field(default_factory=deque)
-    blocked_since: float | None = None
-    warned: bool = False
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Dialled(_Line):
-    """A peer whose receiver we send to."""
-
-    endpoint: str
-    socket: Socket
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Guest(_Line):
-    """A peer that said the right Connect; ``routing_id`` names its connection on the ROUTER."""
-
-    routing_id: bytes
+_GREET_S = 1.0  # how often a further stream says again who it is: its connection may be new
 
 
 class KvSockets:
@@ -104,28 +78,38 @@ class KvSockets:
         keys: Keys | None = None,
         checksums: bool = True,
         checksum_offers: bool = False,
+        streams: int = 1,
         limits: SocketLimits | None = None,
         context: Context | None = None,
     ) -> None:
         self._handshake = handshake
         self._pool = pool
-        self._checksums = checksums
-        self._checksum_offers = checksum_offers
+        self._num_streams = streams
         self._limits = limits if limits is not None else SocketLimits()
-        self._dialled: dict[WorkerRef, _Dialled] = {}
-        self._by_socket: dict[Socket, _Dialled] = {}
-        self._guests: dict[WorkerRef, _Guest] = {}
-        self._by_routing_id: dict[bytes, _Guest] = {}
+        self._dialled: dict[WorkerRef, list[Dialled]] = {}  # a peer's streams
+        self._by_socket: dict[Socket, Dialled] = {}
+        self._guests: dict[WorkerRef, Guest] = {}
+        self._by_routing_id: dict[bytes, Guest] = {}
+        self._sending: list[Sending] = []
+        self._greetings: dict[WorkerRef, Connect] = {}
         self._warned_of_strangers = False
         self.num_dropped = 0  # messages from strangers, and malformed ones
         self._endpoints = Endpoints(
-            handshake.token, pool.layout.block_bytes, keys, self._limits, context
+            handshake.token, pool.layout.block_bytes, keys, self._limits, context, streams
         )
-        self._puller = Puller(pool)
+        self._results: Results[Written | Prepared] = Results()
+        self._puller = Puller(pool, self._results)
+        self._copier = Copier(
+            pool,
+            self._results,
+            num_threads_for(streams),
+            checksums=checksums,
+            checksum_offers=checksum_offers,
+        )
         try:
             self._router = self._endpoints.listen(endpoint)
         except BaseException:
-            self._puller.close()
+            self._close_threads()
             self._endpoints.close()
             raise
         self.address = PeerAddress(
@@ -138,9 +122,9 @@ class KvSockets:
 
     def close(self) -> None:
         """Cuts everything at once; what was not sent is not. A copy under way is waited for."""
-        self._puller.close()
-        for dialled in self._dialled.values():
-            dialled.socket.close(linger=0)
+        self._close_threads()
+        for socket in self._by_socket:
+            socket.close(linger=0)
         self._router.close(linger=0)
         self._endpoints.close()
 
@@ -148,7 +132,7 @@ class KvSockets:
         """What to poll, and for what. Changes with every call of the other methods."""
         return [
             (self._router, zmq.POLLIN),
-            (self._puller.fileno(), zmq.POLLIN),
+            (self._results.fileno(), zmq.POLLIN),
             *(
                 (socket, zmq.POLLIN | zmq.POLLOUT if dialled.queue else zmq.POLLIN)
                 for socket, dialled in self._by_socket.items()
@@ -157,13 +141,18 @@ class KvSockets:
 
     @property
     def retry_ms(self) -> int | None:
-        """How soon to ``flush`` again where polling does not tell: a guest's queue is full."""
+        """How soon to ``flush`` again where polling does not tell: ZeroMQ still reads frames, or
+        a guest's queue is full."""
+        if self._sending:
+            return 5
         return 10 if any(guest.queue for guest in self._guests.values()) else None
 
     def on_readable(self, socket: Pollable, now: float) -> list[KvEvent]:
         """Up to ``max_reads`` messages of one of our sockets; the poller tells of the rest."""
         if isinstance(socket, int):
-            return [*self._puller.results()]
+            return [
+                event for found in self._results.take() for event in self._on_result(found, now)
+            ]
         if socket is self._router:
             read: Iterator[KvEvent] = self._read_guests(now)
         elif socket in self._by_socket:
@@ -173,40 +162,29 @@ class KvSockets:
         return list(read)
 
     def send(self, effect: Send | SendBlocks, now: float) -> list[KvEvent]:
-        """Sends now if the socket takes it, else when it does (``flush``)."""
-        line: _Line | str | None
-        if isinstance(effect.peer, PeerAddress):
-            line = self._dialled.get(effect.peer.ref) or self._dial(effect.peer, now)
-            if isinstance(line, str):
-                return [*_sent([effect]), SocketLost(effect.peer.ref, line)]
-        else:
-            line = self._guests.get(effect.peer)
-            if line is None:
+        """Sends now if the socket takes it, else when it does (``flush``). Blocks are prepared
+        first, on another thread."""
+        if not isinstance(effect.peer, PeerAddress):
+            guest = self._guests.get(effect.peer)
+            if guest is None:
                 return []  # it will dial in again, or its lease runs out
-        if len(line.queue) >= self._limits.max_queue:
-            self.num_dropped += 1
-            return _sent([effect])
-        if isinstance(effect, SendBlocks):
-            line.queue.append(effect)
-        elif isinstance(line, _Guest):
-            line.queue.append(TO_SENDER.encode(cast(ToSender, effect.message)))
-        else:
-            line.queue.append(TO_RECEIVER.encode(cast(ToReceiver, effect.message)))
-        return self._drain(line, now) if len(line.queue) == 1 else []
+            assert isinstance(effect, Send)
+            return self._queue(guest, TO_SENDER.encode(cast(ToSender, effect.message)), now)
+        lines = self._dialled.get(effect.peer.ref) or self._dial(effect.peer, now)
+        if isinstance(lines, str):
+            return [*sent([effect]), SocketLost(effect.peer.ref, lines)]
+        if isinstance(effect, Send):
+            data = TO_RECEIVER.encode(cast(ToReceiver, effect.message))
+            return self._queue(lines[0], data, now)
+        prepared = self._copier.prepare(effect)
+        return self._send_blocks(prepared, now) if prepared is not None else []
 
     def write(self, effect: Write | Pull) -> list[Written]:
-        """Checks and copies blocks into the pool; a Pull's result comes when it is done."""
+        """Checks and copies blocks into the pool; the result comes when that is done."""
         if isinstance(effect, Pull):
             return self._puller.pull(effect)
-        ok = all(
-            xxhash.xxh3_64_intdigest(frame) == checksum
-            for frame, checksum in zip(effect.frames, effect.checksums, strict=False)
-        )
-        if ok:
-            self._pool.write(effect.blocks, effect.frames)
-        else:
-            log.warning("%s: a block came in damaged", effect.attempt)
-        return [Written(effect.attempt, effect.first_block, ok)]
+        self._copier.write(effect)
+        return []
 
     def flush(self, now: float) -> list[KvEvent]:
         """Sends what waited; gives up peers that take nothing, or whose process has ended;
@@ -217,7 +195,8 @@ class KvSockets:
             if (guest := self._guests.get(peer)) is not None:
                 self._forget(guest)
             events.append(SocketLost(peer, f"the process of {peer} has ended"))
-        lines: list[_Line] = [*self._dialled.values(), *self._guests.values()]
+        events += self._sent_by_now(now)
+        lines: list[Line] = [*self._by_socket.values(), *self._guests.values()]
         for line in lines:
             if line.queue:
                 events += self._drain(line, now)
@@ -226,54 +205,115 @@ class KvSockets:
             if line.blocked_since is not None:
                 if now - line.blocked_since >= self._limits.stall_s:
                     events += self._give_up(line, now)
-            elif now - line.used_at >= self._limits.idle_s:
-                self._forget(line)
+            elif now - line.used_at >= self._limits.idle_s and self._idle(line, now):
+                events += self._forget(line)
         return events
+
+    def _close_threads(self) -> None:
+        self._puller.close()
+        self._copier.close()
+        self._results.close()
 
     # opening and closing
 
-    def _dial(self, peer: PeerAddress, now: float) -> _Dialled | str:
-        """Opens the socket to a peer, or tells what is wrong with its address."""
-        socket = self._endpoints.dial(peer, self.address.endpoint)
-        if isinstance(socket, str):
-            return socket
-        dialled = _Dialled(ref=peer.ref, used_at=now, endpoint=peer.endpoint, socket=socket)
-        self._dialled[peer.ref] = self._by_socket[socket] = dialled
-        return dialled
+    def _dial(self, peer: PeerAddress, now: float) -> list[Dialled] | str:
+        """Opens the sockets to a peer, or tells what is wrong with its address."""
+        lines: list[Dialled] = []
+        for stream in range(self._num_streams):
+            socket = self._endpoints.dial(peer, self.address.endpoint)
+            if isinstance(socket, str):
+                return socket
+            line = Dialled(
+                ref=peer.ref, used_at=now, endpoint=peer.endpoint, socket=socket, stream=stream
+            )
+            lines.append(line)
+        self._by_socket.update({line.socket: line for line in lines})
+        self._dialled[peer.ref] = lines
+        self._greetings[peer.ref] = self._handshake.connect(peer)
+        return lines
 
-    def _give_up(self, line: _Line, now: float) -> list[KvEvent]:
-        assert line.blocked_since is not None
-        text = f"{line.ref} took nothing for {now - line.blocked_since:.1f} s"
-        if isinstance(line, _Dialled):
+    def _give_up(self, line: Line, now: float) -> list[KvEvent]:
+        text = f"{line.ref} took nothing for {self._limits.stall_s:g} s"
+        if isinstance(line, Dialled):
             text += (
                 f" at {line.endpoint}: unreachable, not reading, or it refuses this "
                 "worker's key or token"
             )
         log.warning("%s", text)
-        events = _sent(line.queue)
-        self._forget(line)
-        return [*events, SocketLost(line.ref, text)]
+        return [*self._forget(line), SocketLost(line.ref, text)]
 
-    def _known(self, line: _Line) -> bool:
-        return line in (self._dialled.get(line.ref), self._guests.get(line.ref))
+    def _known(self, line: Line) -> bool:
+        if isinstance(line, Dialled):
+            return self._by_socket.get(line.socket) is line
+        return self._guests.get(line.ref) is line
 
-    def _forget(self, line: _Line) -> None:
-        if isinstance(line, _Dialled):
-            del self._dialled[line.ref]
-            del self._by_socket[line.socket]
-            line.socket.close(linger=0)
-        elif isinstance(line, _Guest):
+    def _idle(self, line: Line, now: float) -> bool:
+        """Whether nothing of the peer's is in use: its further streams may be while one is not."""
+        if not isinstance(line, Dialled):
+            return True
+        return all(now - one.used_at >= self._limits.idle_s for one in self._dialled[line.ref])
+
+    def _forget(self, line: Line) -> list[KvEvent]:
+        """Closes the connections to a peer; what waited for them is not sent."""
+        if isinstance(line, Guest):
             del self._guests[line.ref]
-            del self._by_routing_id[line.routing_id]
+            for routing_id in line.routing_ids:
+                del self._by_routing_id[routing_id]
             self._puller.detach(line.ref)
+            return []
+        events: list[KvEvent] = []
+        del self._greetings[line.ref]
+        for dialled in self._dialled.pop(line.ref):
+            events += sent(dialled.queue)
+            del self._by_socket[dialled.socket]
+            dialled.socket.close(linger=0)  # frames under way are let go of soon after
+        return events
 
     # sending
 
-    def _drain(self, line: _Line, now: float) -> list[KvEvent]:
+    def _queue(self, line: Line, waiting: Waiting, now: float) -> list[KvEvent]:
+        if len(line.queue) >= self._limits.max_queue:
+            self.num_dropped += 1
+            return sent([waiting])
+        line.queue.append(waiting)
+        return self._drain(line, now) if len(line.queue) == 1 else []
+
+    def _on_result(self, result: Written | Prepared, now: float) -> list[KvEvent]:
+        return self._send_blocks(result, now) if isinstance(result, Prepared) else [result]
+
+    def _send_blocks(self, prepared: Prepared, now: float) -> list[KvEvent]:
+        """On the stream that has the least to do."""
+        lines = self._dialled.get(prepared.effect.peer.ref)
+        if lines is None:
+            return sent([prepared])  # given up while it was prepared
+        if not prepared.frames:
+            return self._queue(lines[0], prepared, now)
+        load = Counter(id(sending.line) for sending in self._sending)
+        line = min(lines, key=lambda line: len(line.queue) + load[id(line)])
+        stale = line.connected_at is None or now - line.connected_at >= _GREET_S
+        if line.stream > 0 and stale:
+            line.connected_at = now
+            greeting = replace(self._greetings[line.ref], stream=line.stream)
+            events = self._queue(line, TO_RECEIVER.encode(greeting), now)
+            if not self._known(line):
+                return [*events, *sent([prepared])]
+        return self._queue(line, prepared, now)
+
+    def _sent_by_now(self, now: float) -> list[KvEvent]:
+        """The chunks whose frames ZeroMQ has let go of; gives up who does not take them."""
+        done = [one for one in self._sending if one.tracker.done]
+        if done:
+            self._sending = [one for one in self._sending if one not in done]
+        for one in self._sending:
+            if now - one.since >= self._limits.stall_s and self._known(one.line):
+                one.line.blocked_since = one.since
+        return sent(one.prepared for one in done)
+
+    def _drain(self, line: Line, now: float) -> list[KvEvent]:
         events: list[KvEvent] = []
         while line.queue:
             try:
-                self._transmit(line, line.queue[0])
+                events += self._transmit(line, line.queue[0], now)
             except zmq.Again:
                 if line.blocked_since is None:
                     line.blocked_since = now
@@ -282,38 +322,32 @@ class KvSockets:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
                 # a guest whose connection is gone: it dials in anew, or its lease runs out
-                events += _sent(line.queue)
-                self._forget(line)
-                return events
+                return [*events, *self._forget(line)]
             line.blocked_since = None
             line.used_at = now
-            events += _sent([line.queue.popleft()])
+            line.queue.popleft()
         line.blocked_since = None
         return events
 
-    def _transmit(self, line: _Line, waiting: _Waiting) -> None:
+    def _transmit(self, line: Line, waiting: Waiting, now: float) -> list[KvEvent]:
         """Raises zmq.Again where the socket takes nothing now; a message goes whole or not."""
-        if isinstance(line, _Guest):
+        if isinstance(line, Guest):
             assert isinstance(waiting, bytes)
             self._router.send_multipart([line.routing_id, waiting], zmq.NOBLOCK)
-            return
-        assert isinstance(line, _Dialled)
+            return []
+        assert isinstance(line, Dialled)
         if isinstance(waiting, bytes):
             line.socket.send(waiting, zmq.NOBLOCK)
-            return
-        if not line.socket.poll(0, zmq.POLLOUT):
-            raise zmq.Again  # before any block is read
-        if waiting.tail_tokens:
-            self._pool.zero_tail(waiting.blocks[-1], waiting.tail_tokens)
-        message = waiting.message
-        by_value = isinstance(message, Chunk)
-        checked = self._checksums if by_value else self._checksum_offers
-        blocks = self._pool.read(waiting.blocks) if by_value or checked else []
-        if checked:
-            checksums = tuple(xxhash.xxh3_64_intdigest(block) for block in blocks)
-            message = replace(message, checksums=checksums)
-        frames = blocks if by_value else []
-        line.socket.send_multipart([TO_RECEIVER.encode(message), *frames], zmq.NOBLOCK)
+            return []
+        if not waiting.frames:
+            line.socket.send(waiting.head, zmq.NOBLOCK)
+            return sent([waiting])
+        message: list[bytes | memoryview] = [waiting.head, *waiting.frames]
+        tracker = line.socket.send_multipart(message, zmq.NOBLOCK, copy=False, track=True)
+        if tracker is None or tracker.done:  # small frames are copied
+            return sent([waiting])
+        self._sending.append(Sending(line, waiting, tracker, now))
+        return []
 
     # receiving
 
@@ -340,21 +374,43 @@ class KvSockets:
 
     def _on_connect(self, routing_id: bytes, connect: Connect, now: float) -> None:
         ref = WorkerRef(connect.worker_id, connect.epoch)
+        if connect.stream > 0:
+            self._on_stream(routing_id, connect, self._guests.get(ref))
+            return
         answer = self._handshake.answer(connect, partial(self._puller.attach, ref))
         if isinstance(answer, Accepted):
             guest = self._by_routing_id.get(routing_id)
-            if guest is None or guest.ref != ref:
-                if guest is not None:  # a connection has one peer
-                    self._forget(guest)
-                before = self._guests.pop(ref, None)  # and a peer one connection: the latest
-                if before is not None:
-                    del self._by_routing_id[before.routing_id]
-                guest = _Guest(ref=ref, used_at=now, routing_id=routing_id)
-                self._guests[ref] = self._by_routing_id[routing_id] = guest
+            if guest is not None and guest.ref != ref:
+                self._forget(guest)  # a connection has one peer
+            guest = self._guests.get(ref)
+            if guest is None:
+                guest = self._guests[ref] = Guest(ref=ref, used_at=now, routing_id=routing_id)
+            elif guest.routing_id != routing_id:  # and a peer the latest of its connections
+                del self._by_routing_id[guest.routing_id]
+                if routing_id in guest.streams:
+                    guest.streams.remove(routing_id)
+                guest.routing_id = routing_id
+            self._by_routing_id[routing_id] = guest
             guest.used_at = now
         else:
             self._drop(None, answer.text)
         self._reply(routing_id, answer)
+
+    def _on_stream(self, routing_id: bytes, connect: Connect, guest: Guest | None) -> None:
+        """A further socket of a peer that is a guest already. It is told nothing."""
+        if guest is None or not self._handshake.knows(connect):
+            self._drop(None, "a further stream of a stranger")
+            return
+        known = self._by_routing_id.get(routing_id)
+        if known is guest:
+            return
+        if known is not None:
+            self._drop(known, "a connection that is another peer's")
+            return
+        while len(guest.streams) >= MAX_STREAMS:  # connections that were there before
+            del self._by_routing_id[guest.streams.popleft()]
+        guest.streams.append(routing_id)
+        self._by_routing_id[routing_id] = guest
 
     def _reply(self, routing_id: bytes, answer: Accepted | Rejected) -> None:
         """At once or not at all: Connect is said again until it is answered."""
@@ -387,7 +443,7 @@ class KvSockets:
             except zmq.Again:
                 return
 
-    def _drop(self, line: _Line | None, what: str) -> None:
+    def _drop(self, line: Line | None, what: str) -> None:
         """Counts it, and logs the first of each peer."""
         self.num_dropped += 1
         if line is not None and not line.warned:
@@ -396,12 +452,3 @@ class KvSockets:
         elif line is None and not self._warned_of_strangers:
             self._warned_of_strangers = True
             log.warning("dropped from a stranger: %s", what)
-
-
-def _sent(effects: Iterable[_Waiting | Send]) -> list[KvEvent]:
-    """The ``Sent`` that each chunk is owed, whether it left or not."""
-    return [
-        Sent(effect.attempt, effect.message.first_block)
-        for effect in effects
-        if isinstance(effect, SendBlocks)
-    ]

@@ -118,5 +118,5 @@ def test_a_tail_is_zeroed_in_every_layer() -> None:
 
 def test_frames_that_do_not_match_are_a_bug(llama_folder: Path) -> None:
     pool = tiny_models.engine_of(llama_folder).kv
-    with pytest.raises(ValueError, match="could not broadcast"):
+    with pytest.raises(AssertionError):
         pool.write([0], [memoryview(bytes(pool.layout.block_bytes - 4))])

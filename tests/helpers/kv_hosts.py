@@ -57,19 +57,21 @@ class Host:
         fingerprint: str = "model-1",
         medium: Medium = Medium.TCP,
         checksum_offers: bool = False,
+        streams: int = 1,
+        token_bytes: int = 64,
     ) -> None:
         shared = medium is Medium.SHM
-        self.pool = SimulatedKvPool(num_blocks, BLOCK_SIZE, 64, shared=shared)
+        self.pool = SimulatedKvPool(num_blocks, BLOCK_SIZE, token_bytes, shared=shared)
         self.ref = WorkerRef(name, epoch)
         token, layout = f"token-of-{name}", self.pool.layout
         exports = self.pool.exports
         handshake = Handshake(self.ref, token, fingerprint, layout, (medium,), exports)
         settings = TransferSettings(
             BLOCK_SIZE,
-            BLOCK_BYTES,
+            layout.block_bytes,
             lease_s=lease_s,
-            chunk_bytes=4 * BLOCK_BYTES,
-            offer_bytes=16 * BLOCK_BYTES,
+            chunk_bytes=4 * layout.block_bytes,
+            offer_bytes=16 * layout.block_bytes,
         )
         self.sender = Sender(settings, handshake, self.pool.generations)
         self.receiver = Receiver(settings)
@@ -77,7 +79,12 @@ class Host:
             self.kv = network.open(handshake, self.pool, limits=limits)
         else:
             self.kv = KvSockets(
-                handshake, self.pool, keys=keys, limits=limits, checksum_offers=checksum_offers
+                handshake,
+                self.pool,
+                keys=keys,
+                limits=limits,
+                checksum_offers=checksum_offers,
+                streams=streams,
             )
         self.endings: dict[Attempt, list[Ending]] = {}
         self.lost: list[SocketLost] = []
@@ -101,7 +108,8 @@ class Host:
 
     def fill(self, num_blocks: int, seed: int = 0) -> None:
         for block in range(num_blocks):
-            content = bytes((seed + block * 7 + i) % 251 for i in range(64)) * BLOCK_SIZE
+            content = bytes((seed + block * 7 + i) % 251 for i in range(64))
+            content *= self.pool.layout.block_bytes // 64
             self.pool.write([block], [memoryview(content)])
 
     def start(self, attempt: Attempt, peer: PeerAddress, num_blocks: int) -> None:

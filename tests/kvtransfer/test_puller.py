@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
+import xxhash
 import zmq
 from kv_parts import attempt
 
@@ -17,6 +18,7 @@ from pdserve.core.plan import PeerPool, PoolExport
 from pdserve.kvtransfer.effects import Pull
 from pdserve.kvtransfer.media.events import Written
 from pdserve.kvtransfer.media.puller import CHECK_S, Puller
+from pdserve.kvtransfer.media.results import Results
 from pdserve.simulation.engine import SimulatedKvPool
 
 A, P = attempt(1), WorkerRef("p", 1)
@@ -64,8 +66,15 @@ def pool() -> Pool:
 
 
 @pytest.fixture
-def puller(pool: Pool) -> Iterator[Puller]:
-    made = Puller(pool)
+def results() -> Iterator[Results[Written]]:
+    made: Results[Written] = Results()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def puller(pool: Pool, results: Results[Written]) -> Iterator[Puller]:
+    made = Puller(pool, results)
     yield made
     for _ in range(100):
         pool.mapped.go.release()
@@ -78,29 +87,33 @@ def pull_of(pool: Pool, first: int, *theirs: int, checksums: tuple[int, ...] = (
     return Pull(A, P, first, ours, theirs, generations, checksums)
 
 
-def results(puller: Puller, count: int) -> list[Written]:
+def taken(results: Results[Written], count: int) -> list[Written]:
     poller = zmq.Poller()
-    poller.register(puller.fileno(), zmq.POLLIN)
+    poller.register(results.fileno(), zmq.POLLIN)
     found: list[Written] = []
     while len(found) < count:
         assert poller.poll(10_000)
-        found += puller.results()
+        found += results.take()
     return found
 
 
-def test_a_copy_that_is_overtaken_does_not_count(puller: Puller, pool: Pool) -> None:
+def test_a_copy_that_is_overtaken_does_not_count(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
     """The order is: P hands the block out anew, D's copy ends, D looks at the generation."""
     assert puller.attach(P, EXPORT) is None
     assert puller.pull(pull_of(pool, 0, 5, 6)) == []
     pool.mapped.generations.bump([6])
     pool.mapped.go.release()
-    assert results(puller, 1) == [Written(A, 0, ok=False)]
+    assert taken(results, 1) == [Written(A, 0, ok=False)]
     puller.pull(pull_of(pool, 0, 5, 6))
     pool.mapped.go.release()
-    assert results(puller, 1) == [Written(A, 0, ok=True)]
+    assert taken(results, 1) == [Written(A, 0, ok=True)]
 
 
-def test_what_waits_together_is_one_copy(puller: Puller, pool: Pool) -> None:
+def test_what_waits_together_is_one_copy(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
     puller.attach(P, EXPORT)
     puller.pull(pull_of(pool, 0, 1))
     while not pool.mapped.begun:
@@ -109,23 +122,27 @@ def test_what_waits_together_is_one_copy(puller: Puller, pool: Pool) -> None:
         puller.pull(pull_of(pool, first, block))
     pool.mapped.go.release()
     pool.mapped.go.release()
-    found = results(puller, 4)
+    found = taken(results, 4)
     assert pool.mapped.begun == [(1,), (2, 3, 9)]
     assert [written.first_block for written in found] == [0, 1, 2, 3]
 
 
-def test_a_peer_that_goes_is_unmapped_after_its_last_copy(puller: Puller, pool: Pool) -> None:
+def test_a_peer_that_goes_is_unmapped_after_its_last_copy(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
     puller.attach(P, EXPORT)
     puller.pull(pull_of(pool, 0, 1))
     puller.detach(P)
     assert not pool.mapped.closed.wait(0.05)
     assert puller.pull(pull_of(pool, 1, 2)) == [Written(A, 1, ok=False)]  # mapped no more
     pool.mapped.go.release()
-    assert results(puller, 1) == [Written(A, 0, ok=True)]
+    assert taken(results, 1) == [Written(A, 0, ok=True)]
     assert pool.mapped.closed.wait(10)
 
 
-def test_the_same_pool_is_mapped_once(puller: Puller, pool: Pool) -> None:
+def test_the_same_pool_is_mapped_once(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
     for _ in range(3):
         assert puller.attach(P, EXPORT) is None
     assert pool.num_attached == 1
@@ -138,24 +155,28 @@ def test_a_pool_that_is_not_there_is_told(puller: Puller) -> None:
     assert not puller.gone(0.0)
 
 
-def test_blocks_past_the_peers_pool_are_not_read(puller: Puller, pool: Pool) -> None:
+def test_blocks_past_the_peers_pool_are_not_read(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
     puller.attach(P, EXPORT)
     assert puller.pull(pull_of(pool, 0, 3, 32)) == [Written(A, 0, ok=False)]
     assert pool.mapped.begun == []
 
 
-def test_checksums_are_of_what_has_arrived(puller: Puller, pool: Pool) -> None:
-    import xxhash
-
+def test_checksums_are_of_what_has_arrived(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
     puller.attach(P, EXPORT)
     right = xxhash.xxh3_64_intdigest(bytes(pool.layout.block_bytes))
     for checksum, ok in ((right, True), (right ^ 1, False)):
         puller.pull(pull_of(pool, 0, 3, checksums=(checksum,)))
         pool.mapped.go.release()
-        assert results(puller, 1) == [Written(A, 0, ok)]
+        assert taken(results, 1) == [Written(A, 0, ok)]
 
 
-def test_a_process_that_has_ended_is_noticed(puller: Puller, pool: Pool) -> None:
+def test_a_process_that_has_ended_is_noticed(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
     puller.attach(P, EXPORT)
     assert puller.gone(1.0) == []
     pool.mapped.owner_gone = True
@@ -163,10 +184,12 @@ def test_a_process_that_has_ended_is_noticed(puller: Puller, pool: Pool) -> None
     assert puller.gone(1.0 + CHECK_S) == [P]
 
 
-def test_what_the_copy_fails_with_is_raised(puller: Puller, pool: Pool) -> None:
+def test_what_the_copy_fails_with_is_raised(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
     puller.attach(P, EXPORT)
     pool.mapped.error = RuntimeError("CUDA error: an illegal memory access was encountered")
     puller.pull(pull_of(pool, 0, 3))
     pool.mapped.go.release()
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        results(puller, 1)
+        taken(results, 1)
