@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 2.0
 _BAR = 12  # characters
 _PIPED_WIDTH = 160
+_MAX_LINKS = 6
 _STAGES = {
     "queue": "queued",
     "prefill_queue": "waiting for prefill",
@@ -182,12 +183,15 @@ def board(url: str, live: Live) -> RenderableType:
     links = [
         f"{worker.id} → {link.worker_id} by {link.medium}"
         for worker in live.workers
+        if worker.state != "dead"
         for link in worker.links
     ]
     if links:
-        parts.append(Text(f"KV blocks: {', '.join(links)}"))
+        more = f", and {len(links) - _MAX_LINKS} more" if len(links) > _MAX_LINKS else ""
+        parts.append(Text(f"KV blocks: {', '.join(links[:_MAX_LINKS])}{more}"))
     for event in live.events[:5]:
-        moved = f"; {event.moved} requests went on elsewhere" if event.moved else ""
+        requests = "request" if event.moved == 1 else "requests"
+        moved = f"; {event.moved} {requests} went on elsewhere" if event.moved else ""
         text = f"{_duration(event.ago_s)} ago  {event.worker} {event.kind}{moved}"
         parts.append(Text(text, style="red" if event.kind == "died" else "dim"))
     return Group(*parts)
