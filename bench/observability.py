@@ -6,7 +6,8 @@ It serves a deployment (in a checkout: the one without a model) and loads it wit
 of streams. Then
 
     agreement   TTFT and TPOT as each client takes them, beside those of its own timeline, from
-                which the metrics are; and the histograms' sums beside those of the timelines
+                which the metrics are; and the histograms' sums beside those of the timelines.
+                A client's clock has the way there and back in it: so does GET /health, meanwhile
     scrape      processor time of the router for a scrape, by windows under the same load with
                 and without scraping, in turns
 """
@@ -40,11 +41,13 @@ _TTFT = "gen_ai_server_time_to_first_token_seconds_sum"
 class Report:
     """Milliseconds. Differences are client less server; a client's clock starts as it connects."""
 
+    step_ms: float  # of the simulated engine
     rate_s: float  # requests a second
     output_tokens: int  # of each
     num_requests: int
     ttft_difference_ms: dict[str, float]  # percentiles of the absolute difference
     tpot_difference_ms: dict[str, float]
+    nothing_ms: dict[str, float]  # what GET /health takes then: the way there and back alone
     ttft_median_ms: dict[str, float]  # client and server
     histogram_sum_error_s: float  # TTFT: the histograms' sum less the timelines'
     scrapes_s: float
@@ -113,6 +116,7 @@ class Load:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -P -m pdserve.bench.observability")
     parser.add_argument("--config", type=Path, default=Path("configs/simulated.yaml"))
+    parser.add_argument("--step-ms", type=float, default=10.0, help="of the simulated engine")
     parser.add_argument("--rate", type=float, default=15.0, help="requests a second")
     parser.add_argument("--output", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--window", type=float, default=5.0, help="seconds")
@@ -129,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _measure(given: argparse.Namespace) -> Report:
     random.seed(6)
-    async with _served(given.config) as url, aiohttp.ClientSession() as session:
+    async with _served(given.config, given.step_ms) as url, aiohttp.ClientSession() as session:
         async with session.get(f"{url}/v1/models") as response:
             model = (await response.json())["data"][0]["id"]
         load = Load(url, model, given.rate, given.output, session)
@@ -137,7 +141,8 @@ async def _measure(given: argparse.Namespace) -> Report:
         load.ttft_ms.clear()
         load.tpot_ms.clear()
         before = await _scrape(session, url)
-        await load.offer(int(4 * given.window * given.rate))
+        async with _asking_for_nothing(session, url) as nothing_ms:
+            await load.offer(int(4 * given.window * given.rate))
         after = await _scrape(session, url)
         agreed = list(load.ttft_ms), list(load.tpot_ms)
         pid = int(after["pid"])
@@ -153,11 +158,13 @@ async def _measure(given: argparse.Namespace) -> Report:
     served = sum(server for _, server in ttft) / 1e3
     cost = statistics.median(costs)
     return Report(
+        given.step_ms,
         given.rate,
         given.output,
         len(ttft),
         _percentiles([abs(client - server) for client, server in ttft]),
         _percentiles([abs(client - server) for client, server in tpot]),
+        _percentiles(nothing_ms),
         {
             "client": round(statistics.median(client for client, _ in ttft), 3),
             "server": round(statistics.median(server for _, server in ttft), 3),
@@ -181,6 +188,28 @@ async def _scrape(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
     async with session.get(f"{url}/live") as response:
         found["pid"] = (await response.json())["pid"]
     return found
+
+
+@asynccontextmanager
+async def _asking_for_nothing(
+    session: aiohttp.ClientSession, url: str
+) -> AsyncIterator[list[float]]:
+    took_ms: list[float] = []
+
+    async def ask() -> None:
+        while True:
+            begun = time.monotonic()
+            async with session.get(f"{url}/health") as response:
+                await response.read()
+            took_ms.append(1e3 * (time.monotonic() - begun))
+            await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(ask())
+    try:
+        yield took_ms
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 async def _scrape_for(
@@ -215,9 +244,10 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def _served(config: Path) -> AsyncIterator[str]:
+async def _served(config: Path, step_ms: float) -> AsyncIterator[str]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "pdserve.cli", "serve", str(config), "--port", "0"),
+        *("--set", f"simulation.step_ms={step_ms}"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )

@@ -84,6 +84,10 @@ Milliseconds = Annotated[
     float,
     Field(gt=0, strict=True, allow_inf_nan=False, description="milliseconds, more than 0"),
 ]
+AnyMilliseconds = Annotated[
+    float,
+    Field(ge=0, strict=True, allow_inf_nan=False, description="milliseconds, 0 or more"),
+]
 Seconds = Annotated[
     float, Field(gt=0, strict=True, allow_inf_nan=False, description="seconds, more than 0")
 ]
@@ -203,6 +207,13 @@ class ObservabilitySection(_Section):
     otlp_endpoint: Url | None = None  # where spans go: http://HOST:4318/v1/traces
 
 
+class SimulationSection(_Section):
+    """What a step of the simulated engine takes, beside what its hashes do."""
+
+    step_ms: AnyMilliseconds = 0.0
+    token_ms: AnyMilliseconds = 0.0  # for each token that it computes
+
+
 class EngineKind(StrEnum):
     AUTO = "auto"
     TORCH = "torch"
@@ -223,6 +234,7 @@ class Deployment(_Section):
     router: RouterSection = RouterSection()
     security: SecuritySection = SecuritySection()
     observability: ObservabilitySection = ObservabilitySection()
+    simulation: SimulationSection = SimulationSection()
     engine: EngineKind = EngineKind.AUTO
     launcher: Literal["local"] = "local"
 

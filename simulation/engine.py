@@ -158,6 +158,13 @@ class SimulatedStep:
         return self.result
 
 
+def pace(step_ms: float, token_ms: float) -> Callable[[StepPlan], float] | None:
+    """The ``latency`` of an engine whose steps take so long, and longer by token; in seconds."""
+    if step_ms == token_ms == 0:
+        return None
+    return lambda plan: (step_ms + token_ms * plan.num_tokens) / 1e3
+
+
 class SimulatedEngine:
     """``core.plan.Engine`` on the CPU with numpy. ``latency`` gives a step's seconds, if any.
 

@@ -223,7 +223,7 @@ def media_of(pool: KvPool, wanted: Medium | Auto) -> tuple[Medium, ...]:
 
 def _engine(deployment: Deployment, card: ModelCard, post: Post) -> Built:
     if deployment.engine is EngineKind.SIMULATED:
-        from ..simulation.engine import SimulatedEngine, SimulatedModel
+        from ..simulation.engine import SimulatedEngine, SimulatedModel, pace
 
         budgets = Budget.of_all(deployment.pools, on_gpu=False)
         widest = Budget.widest(budgets.values())
@@ -237,6 +237,7 @@ def _engine(deployment: Deployment, card: ModelCard, post: Post) -> Built:
             max_slots=widest.num_slots,
             max_context=card.max_context,
             max_step_tokens=widest.max_step_tokens,
+            latency=pace(deployment.simulation.step_ms, deployment.simulation.token_ms),
         )
         try:
             return build(shared=medium in ("auto", Medium.SHM)), budgets, LIMIT_S

@@ -110,7 +110,7 @@ def test_a_saved_deployment_reads_back_as_itself(tmp_path: Path) -> None:
         (
             MODEL + "zzz: 1",
             "zzz: unknown key; the file knows engine, kv, kv_transfer, launcher, model, "
-            "observability, pools, router, security, slo",
+            "observability, pools, router, security, simulation, slo",
         ),
         (MODEL + "slo: {1: 2}", "slo.1: unknown key; slo knows tpot_ms, ttft_ms"),
         (

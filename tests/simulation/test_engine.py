@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pdserve.core.params import SamplingParams
 from pdserve.core.plan import Engine, NewSequence, Row, StepPlan
-from pdserve.simulation.engine import SimulatedEngine, SimulatedModel
+from pdserve.simulation.engine import SimulatedEngine, SimulatedModel, pace
 
 MODEL = SimulatedModel(vocab_size=100, eos_token_ids=(2, 3))
 GREEDY = SamplingParams(max_tokens=1000, temperature=0.0)
@@ -196,3 +196,11 @@ def test_zero_tail_leaves_the_head_alone() -> None:
     before = bytes(engine.kv.read([5])[0])
     engine.kv.zero_tail(5, 3)
     assert bytes(engine.kv.read([5])[0]) == before[: 3 * 64] + bytes(64)
+
+
+def test_the_pace_of_an_engine_is_by_step_and_by_token() -> None:
+    assert pace(0, 0) is None
+    latency = pace(10, 0.5)
+    assert latency is not None
+    rows = (Row(0, 0, 40), Row(1, 7, 1))
+    assert latency(StepPlan((), rows)) == pytest.approx(0.0305)
