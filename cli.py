@@ -53,7 +53,8 @@ _EXAMPLES = {
   pdserve scale http://127.0.0.1:8080 --mixed 2""",
     "keys": """
   pdserve keys new ./keys
-  scp -r keys second:pdserve/""",
+  scp -r keys second:pdserve/
+  pdserve keys api api-keys.yaml alice --requests-per-minute 600 --max-concurrent 16""",
     "completion": """
   pdserve completion bash > ~/.local/share/bash-completion/completions/pdserve
   pdserve completion zsh > ~/.zfunc/_pdserve""",
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(parent=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    def command(name: str, run: Run, about: str | None = None) -> argparse.ArgumentParser:
+    def command(name: str, run: Run | None, about: str | None = None) -> argparse.ArgumentParser:
         """Without a text it is not listed."""
         if about is None:
             made = commands.add_parser(name)
@@ -103,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
                 epilog=f"examples:{_EXAMPLES[name]}",
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
-        made.set_defaults(run=run)
+        if run is not None:
+            made.set_defaults(run=run)
         return made
 
     serve = command("serve", _serve, "bring a deployment up and keep it until Ctrl-C")
@@ -154,9 +156,17 @@ def _parser() -> argparse.ArgumentParser:
     for role in Role:
         scale.add_argument(f"--{role}", type=int, default=0, metavar="N", help="so many of them")
 
-    keys = command("keys", _keys, "make the keys that hosts of one deployment share")
-    keys.add_argument("action", choices=["new"])
-    _completes(keys.add_argument("folder", type=Path, metavar="DIR"), "DIRECTORY")
+    keys = command("keys", None, "make the keys that hosts share, or one for a client of the API")
+    actions = keys.add_subparsers(required=True, metavar="WHAT", title="keys")
+    new = actions.add_parser("new", help="the keys that the hosts of one deployment share")
+    new.set_defaults(run=_keys_new)
+    _completes(new.add_argument("folder", type=Path, metavar="DIR"), "DIRECTORY")
+    api = actions.add_parser("api", help="a key for a client: printed once, its hash kept in FILE")
+    api.set_defaults(run=_keys_api)
+    _completes(api.add_argument("file", type=Path, metavar="FILE"), "FILE")
+    api.add_argument("name", metavar="NAME", help="whose it is; it stands in the log")
+    api.add_argument("--requests-per-minute", type=int, metavar="N", help="default: no limit")
+    api.add_argument("--max-concurrent", type=int, metavar="N", help="default: no limit")
 
     about = "try a deployment's policies on a load, in virtual time, without any GPU"
     simulated = command("simulate", _simulate, about)
@@ -234,11 +244,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from .core.api_keys import all_keys
+
     deployment = _deployment(arguments)
     if deployment.router.control is not None:
         from .core.keys import require_safe_bind
 
         require_safe_bind(deployment.router.control, deployment.security)
+    all_keys(deployment.security.api_keys)
     pools = deployment.pools
     print(
         f"{arguments.file}: right: {deployment.model.path} on {pools.prefill.workers} prefill, "
@@ -334,7 +347,22 @@ def _scale(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keys(arguments: argparse.Namespace) -> int:
+def _keys_api(arguments: argparse.Namespace) -> int:
+    from .core.api_keys import add_key
+
+    made = add_key(
+        arguments.file, arguments.name, arguments.requests_per_minute, arguments.max_concurrent
+    )
+    print(made.secret)
+    print(
+        f"{made.entry.name}: the key stands above and nowhere else; {arguments.file} has its hash "
+        f"(security.api_keys: {arguments.file})",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _keys_new(arguments: argparse.Namespace) -> int:
     from .core.keys import new_keys
 
     print(f"{new_keys(arguments.folder)}: copy the folder to each host; who has it is a member")

@@ -109,6 +109,10 @@ Memory = Annotated[
     Annotated[float, Field(gt=0, le=1, strict=True)] | Auto | Annotated[str, AfterValidator(_size)],
     Field(description="a fraction such as 0.85, a size such as 512MiB or 2GiB, or auto"),
 ]
+Body = Annotated[
+    Auto | Annotated[str, AfterValidator(_size)],
+    Field(description="a size such as 512KiB or 8MiB, or auto"),
+]
 ControlEndpoint = Annotated[
     str,
     Field(
@@ -189,11 +193,20 @@ class RouterSection(_Section):
     admission: Admission = Admission.QUEUE
     max_queue: Positive = 1024  # requests in the house; the next one gets 429
     request_timeout_s: Seconds = 600.0
+    max_body: Body = "auto"  # auto: 32 bytes for each token of the context, at least 4 MiB
+    max_connections: Positive = 4096
+    header_timeout_s: Seconds = 10.0
+    body_timeout_s: Seconds = 60.0
+    idle_timeout_s: Seconds = 75.0
+    write_timeout_s: Seconds = 30.0
 
 
 class SecuritySection(_Section):
     keys: Text | None = None  # the folder that `pdserve keys new` made
     insecure: Flag = False  # bind off loopback without keys
+    api_keys: Text | None = None  # the file that `pdserve keys api` made
+    tls_cert: Text | None = None  # a PEM file, with the chain
+    tls_key: Text | None = None  # a PEM file
 
 
 class LogFormat(StrEnum):
@@ -240,6 +253,8 @@ class Deployment(_Section):
 
     @model_validator(mode="after")
     def _has_workers(self) -> Deployment:
+        if (self.security.tls_cert is None) != (self.security.tls_key is None):
+            raise ValueError("security.tls_cert and security.tls_key: give both, or neither")
         pools = self.pools
         if self.router.control is not None:
             return self  # workers of other hosts count too

@@ -132,6 +132,10 @@ def _is_local(endpoint: str) -> bool:
     if scheme in ("ipc", "inproc"):
         return True
     host = rest.rpartition(":")[0].strip("[]")
+    return is_loopback(host)
+
+
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

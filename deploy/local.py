@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from ..core import config
+from ..core.api_keys import all_keys
 from ..core.card import ModelCard
-from ..core.config import Deployment
+from ..core.config import Deployment, SecuritySection
 from ..core.errors import ConfigError, StartupError
 from ..core.logs import passed_on
 from . import fetch, status
@@ -132,7 +133,8 @@ class _Launch:
         # A router that is started again must come back where its clients look for it.
         router = self._deployment.router.model_copy(update={"port": port})
         config.save(self._deployment.model_copy(update={"router": router}), self._files.deployment)
-        return greeting(ModelCard.read(self._files.card), f"http://{host}:{port}")
+        url = f"{self._scheme}://{host}:{port}"
+        return greeting(ModelCard.read(self._files.card), url, self._deployment.security)
 
     async def down(self, hurry: asyncio.Event) -> None:
         stages = (
@@ -172,9 +174,13 @@ class _Launch:
             with contextlib.suppress(FileNotFoundError, fetch.Unreachable):
                 found = json.loads(self._files.http.read_bytes())
                 host, port = reachable(found["host"]), int(found["port"])
-                if await asyncio.to_thread(self._serves, f"http://{host}:{port}"):
+                if await asyncio.to_thread(self._serves, f"{self._scheme}://{host}:{port}"):
                     return host, port
             await asyncio.sleep(_POLL_S)
+
+    @property
+    def _scheme(self) -> str:
+        return "http" if self._deployment.security.tls_cert is None else "https"
 
     def _serves(self, url: str) -> bool:
         if not {spec.worker_id for spec in self._workers} <= status.read_cluster(url).ready:
@@ -189,7 +195,7 @@ def reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def greeting(card: ModelCard, url: str) -> str:
+def greeting(card: ModelCard, url: str, security: SecuritySection) -> str:
     """What is up, and a first request to paste: a chat where the model knows one."""
     folder = Path(card.folder)
     settings = folder / "tokenizer_config.json"
@@ -202,9 +208,12 @@ def greeting(card: ModelCard, url: str) -> str:
     else:
         body["prompt"] = "The sky is blue because"
     path = "/v1/chat/completions" if chat else "/v1/completions"
+    key = " -H 'Authorization: Bearer KEY'" if all_keys(security.api_keys) else ""
+    trust = f" --cacert {shlex.quote(security.tls_cert)}" if security.tls_cert is not None else ""
     return (
         f"pdserve is ready: {url} (model {card.name})\n"
-        f"  curl {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+        f"  curl{trust} {url}{path}{key} -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(json.dumps(body))}"
     )
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from urllib.parse import urlsplit
 
 from ..core.errors import StartupError
 from ..core.ids import Role
-from .fetch import post_events
-from .rundir import base_folder
+from .fetch import own, post_events
 from .status import Worker, read_cluster
 
 LIMIT_S = 30.0  # for a worker to finish what its old role has begun
@@ -41,14 +37,8 @@ def _on_its_way(worker: Worker) -> bool:
 
 
 def _token(url: str) -> str:
-    """That of the router which listens at the port of ``url``: in its run folder."""
-    port = urlsplit(url).port or 80
-    for path in _http_files(base_folder()):
-        found = json.loads(path.read_bytes())
-        if found.get("port") == port and "token" in found:
-            return str(found["token"])
-    raise StartupError(f"no deployment that you have started on this host listens at {url}")
-
-
-def _http_files(base: Path) -> list[Path]:
-    return sorted(base.glob("*/http.json"))
+    """That of the router which listens at ``url``: in its run folder."""
+    token = own(url).get("token")
+    if token is None:
+        raise StartupError(f"no deployment that you have started on this host listens at {url}")
+    return str(token)

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -22,13 +23,14 @@ from ..core.errors import RequestError
 from ..core.messages import FinishReason, TokenItem
 from .api.bodies import Bodies, Choice, Json, Usage
 from .api.calls import Call
+from .callers import Caller
 from .errors import envelope, internal_error
 from .generation import Generation, Piece
 
 log = logging.getLogger(__name__)
 
 TIMELINE_HEADER = "X-Pdserve-Timeline"  # with 1, an answer ends with its timelines
-WRITE_TIMEOUT_S = 30.0  # for a client to read what it asked for
+_PIECE = 64 << 10  # bytes of a body that a client must read within the write timeout
 
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -46,6 +48,7 @@ class Trace:
     """What the log says of one call, when it is over. No text of it."""
 
     call_id: str
+    caller: Caller | None = None  # None where no key is asked for
     started: float = field(default_factory=time.monotonic)
     first: float | None = None
     num_prompt_tokens: int = 0
@@ -67,12 +70,14 @@ class Answer:
         bodies: Bodies,
         generations: Sequence[Generation],
         trace: Trace,
+        write_timeout_s: float,
     ) -> None:
         self._request = request
         self._call = call
         self._bodies = bodies
         self._generations = generations
         self._trace = trace
+        self._write_timeout_s = write_timeout_s
         self._finishes: set[FinishReason] = set()
 
     async def respond(self) -> web.StreamResponse:
@@ -89,7 +94,18 @@ class Answer:
         body = self._bodies.whole(choices, self._usage())
         if self._wants_timelines:
             body["timelines"] = self._timelines()
-        return web.json_response(body, dumps=_dumps)
+        data = _dumps(body).encode()
+        response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
+        response.content_length = len(data)
+        patience = partial(_patience, self._request, self._write_timeout_s)
+        async with patience():
+            await response.prepare(self._request)
+        for start in range(0, len(data), _PIECE):
+            async with patience():
+                await response.write(data[start : start + _PIECE])
+        async with patience():
+            await response.write_eof()
+        return response
 
     async def _collect(self, generation: Generation, choice: Choice) -> None:
         items: list[TokenItem] = []
@@ -104,7 +120,7 @@ class Answer:
             choice.logprobs, _ = self._bodies.logprobs(items, 0)
 
     async def _streamed(self) -> web.StreamResponse:
-        events = _Events(self._request)
+        events = _Events(self._request, self._write_timeout_s)
         try:
             await _all([self._pass_on(generation, events) for generation in self._generations])
             if self._call.include_usage:
@@ -172,9 +188,10 @@ class Answer:
 class _Events:
     """A stream of events. It begins with the first one that is sent."""
 
-    def __init__(self, request: web.Request) -> None:
+    def __init__(self, request: web.Request, write_timeout_s: float) -> None:
         self.response = web.StreamResponse(headers=_STREAM_HEADERS)
         self._request = request
+        self._write_timeout_s = write_timeout_s
         self._lock = asyncio.Lock()  # choices share the stream
 
     @property
@@ -190,21 +207,21 @@ class _Events:
         await self.end()
 
     async def end(self) -> None:
-        async with _patience(self._request):
+        async with _patience(self._request, self._write_timeout_s):
             await self.response.write_eof()
 
     async def _write(self, data: bytes) -> None:
-        async with self._lock, _patience(self._request):
+        async with self._lock, _patience(self._request, self._write_timeout_s):
             if not self.begun:
                 await self.response.prepare(self._request)
             await self.response.write(data)
 
 
 @contextlib.asynccontextmanager
-async def _patience(request: web.Request) -> AsyncIterator[None]:
+async def _patience(request: web.Request, limit_s: float) -> AsyncIterator[None]:
     """Waits for the client to read, but not for ever."""
     try:
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
+        async with asyncio.timeout(limit_s):
             yield
     except TimeoutError:
         if request.transport is not None:

@@ -31,6 +31,8 @@ from .answer import Answer, ClientGone, Trace
 from .api.bodies import ChatBodies, CompletionBodies
 from .api.calls import Call, Chat, parse_chat, parse_completion
 from .api.tokens import parse_detokenize, parse_tokenize
+from .callers import Callers
+from .connections import Connection
 from .errors import error_response, internal_error, of_http
 from .front import Front
 from .metrics import Metrics
@@ -38,19 +40,20 @@ from .page import PAGE
 
 log = logging.getLogger(__name__)
 
-BODY_TIMEOUT_S = 60.0  # for a client to send what it asks
 _MAX_IGNORED_SHOWN = 32  # names of fields
 _MAX_PROMPT_LOGGED = 2000  # characters
 
 _TRACE = web.RequestKey("trace", Trace)
 _METRICS = web.AppKey("metrics", Metrics)
+_CALLERS = web.AppKey("callers", Callers)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(front: Front) -> web.Application:
+def make_app(front: Front, callers: Callers) -> web.Application:
     app = web.Application(client_max_size=front.max_body, middlewares=[_traced])
     app[_METRICS] = front.service.metrics
+    app[_CALLERS] = callers
     app.on_response_prepare.append(_name)
     handlers = _Handlers(front)
     app.add_routes(
@@ -88,12 +91,15 @@ class _Handlers:
         self, request: web.Request, parse: Callable[[bytes], Call]
     ) -> web.StreamResponse:
         front, trace = self._front, request[_TRACE]
-        call = parse(await _body(request))
+        caller = trace.caller
+        assert caller is not None
+        call = parse(await self._body(request))
         trace.ignored = call.ignored
         if front.log_prompts:
             _log_prompts(call, trace)
         front.check(call)
-        with front.service.admitted(call.num_choices):
+        caller.pay(call.num_choices - 1)
+        with caller.running(call.num_choices), front.service.admitted(call.num_choices):
             generations = await front.generate(
                 call, trace.call_id, trace.started, request.headers.get("traceparent")
             )
@@ -101,7 +107,9 @@ class _Handlers:
             make = ChatBodies if call.chat else CompletionBodies
             bodies = make(trace.call_id, call.fields.model, front.tokenizer, call.include_usage)
             try:
-                return await Answer(request, call, bodies, generations, trace).respond()
+                return await Answer(
+                    request, call, bodies, generations, trace, front.router.write_timeout_s
+                ).respond()
             finally:
                 for generation in generations:
                     generation.close()
@@ -116,7 +124,7 @@ class _Handlers:
         return web.json_response(self._model(name))
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        fields = parse_tokenize(await _body(request))
+        fields = parse_tokenize(await self._body(request))
         self._front.check_model(fields.model)
         token_ids = await self._front.token_ids(fields.asked, special=fields.add_special_tokens)
         return web.json_response(
@@ -128,7 +136,7 @@ class _Handlers:
         )
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        fields = parse_detokenize(await _body(request))
+        fields = parse_detokenize(await self._body(request))
         self._front.check_model(fields.model)
         return web.json_response({"prompt": self._front.text(fields.tokens)})
 
@@ -172,6 +180,17 @@ class _Handlers:
             {"id": call_id, "timelines": [timeline.shown() for timeline in timelines]}
         )
 
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._front.router.body_timeout_s):
+                return await request.read()
+        except TimeoutError:
+            raise RequestError("the body did not come", status=408, code="body_timeout") from None
+        except web.RequestPayloadError:
+            raise RequestError("the body can't be decoded", code="invalid_body") from None
+        except ConnectionError:
+            raise ClientGone("it sent half a body") from None
+
     def _model(self, name: str) -> dict[str, Any]:
         return {
             "id": name,
@@ -188,8 +207,15 @@ async def _traced(request: web.Request, handler: Handler) -> web.StreamResponse:
     """A name for each request, one envelope for each error, one line of log for each call."""
     trace = request[_TRACE] = Trace(secrets.token_hex(12))
     status = "-"
+    connection = request.protocol
+    assert isinstance(connection, Connection)
+    connection.begin()
     try:
         try:
+            authorization = request.headers.get("Authorization")
+            trace.caller = request.app[_CALLERS].of(request.path, authorization)
+            if trace.caller is not None and request.method == "POST":
+                trace.caller.pay(1)
             response = await handler(request)
         except ClientGone as gone:
             trace.outcome = f"client gone: {gone}"
@@ -213,6 +239,7 @@ async def _traced(request: web.Request, handler: Handler) -> web.StreamResponse:
         trace.outcome = "client gone"
         raise
     finally:
+        connection.end()
         _count(request, trace, status)
         if request.path.startswith("/v1/") and (request.method == "POST" or status != "200"):
             _log(request, trace, status)
@@ -231,9 +258,11 @@ def _log(request: web.Request, trace: Trace, status: str) -> None:
     times = [f"total={time.monotonic() - trace.started:.3f}s"]
     if trace.first is not None:
         times.insert(0, f"first={trace.first - trace.started:.3f}s")
+    caller = trace.caller.name if trace.caller is not None else ""
     log.info(
-        "%s %s %s %s %s; prompt=%d output=%d %s",
+        "%s %s%s %s %s %s; prompt=%d output=%d %s",
         trace.call_id,
+        f"{caller} " if caller else "",
         request.method,
         request.rel_url.raw_path,
         status,
@@ -246,6 +275,7 @@ def _log(request: web.Request, trace: Trace, status: str) -> None:
             method=request.method,
             path=request.rel_url.raw_path,
             status=status,
+            caller=caller or None,
             outcome=trace.outcome or "ok",
             prompt_tokens=trace.num_prompt_tokens,
             output_tokens=trace.num_output_tokens,
@@ -274,15 +304,3 @@ async def _name(request: web.BaseRequest, response: web.StreamResponse) -> None:
     if trace.ignored:
         names = trace.ignored[:_MAX_IGNORED_SHOWN]
         response.headers["X-Ignored-Fields"] = ", ".join(quote(name[:64]) for name in names)
-
-
-async def _body(request: web.Request) -> bytes:
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await request.read()
-    except TimeoutError:
-        raise RequestError("the body did not come", status=408, code="body_timeout") from None
-    except web.RequestPayloadError:
-        raise RequestError("the body can't be decoded", code="invalid_body") from None
-    except ConnectionError:
-        raise ClientGone("it sent half a body") from None

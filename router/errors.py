@@ -9,7 +9,7 @@ from aiohttp import web
 
 from ..core.errors import RequestError, Unavailable
 
-_TYPES = {429: "rate_limit_error", 404: "not_found_error"}
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 404: "not_found_error"}
 
 
 def envelope(error: RequestError) -> dict[str, Any]:
@@ -24,6 +24,8 @@ def error_response(error: RequestError) -> web.Response:
     headers = {}
     if isinstance(error, Unavailable) and error.retry_after is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return web.json_response(envelope(error), status=error.status, headers=headers)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..core.card import ModelCard
-from ..core.config import Deployment, Policy
+from ..core.config import Deployment, Policy, parse_size
 from ..core.errors import RequestError
 from ..core.ids import new_request_id
 from .api.calls import Call, Chat, Prompt, TokenIds
@@ -30,13 +30,13 @@ class Front:
     ) -> None:
         limit = deployment.model.max_context
         self.card = card
+        self.router = deployment.router
         self.names = (card.name, *deployment.model.aliases)
         self._slo = deployment.slo
         self.service = service
         self.tokenizer = tokenizer
         self.policy = deployment.router.policy
         self.log_prompts = deployment.observability.log_prompts
-        self._router = deployment.router
         self._pools = deployment.pools
         self._max_context = card.max_context if limit == "auto" else min(limit, card.max_context)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
@@ -48,7 +48,12 @@ class Front:
 
     @property
     def max_body(self) -> int:
-        return max(_MIN_BODY, _BODY_PER_TOKEN * self._max_context)
+        limit = self.router.max_body
+        return (
+            max(_MIN_BODY, _BODY_PER_TOKEN * self._max_context)
+            if limit == "auto"
+            else parse_size(limit)
+        )
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -66,7 +71,7 @@ class Front:
     def check(self, call: Call) -> None:
         """Raises RequestError for another model, or a route that there is not."""
         self.check_model(call.fields.model)
-        joinable = self._router.control is not None
+        joinable = self.router.control is not None
         if call.route is Policy.DISAGGREGATED and not (joinable or can_split(self._pools)):
             raise RequestError(
                 "route: this deployment has no two workers to split a request between",

@@ -21,20 +21,21 @@ from typing import Any
 
 import uvloop
 import zmq
-from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from ..core.api_keys import all_keys
 from ..core.card import ModelCard
 from ..core.clock import monotonic
 from ..core.config import Deployment
-from ..core.errors import StartupError
 from ..core.ids import new_epoch
-from ..core.keys import admit, require_safe_bind
+from ..core.keys import admit, is_loopback, require_safe_bind
 from .admin import add_admin
 from .app import make_app
+from .callers import Callers
 from .control import ControlSockets
 from .dispatch import Dispatch
 from .front import Front
+from .listener import listening
 from .membership import Membership
 from .metrics import Metrics
 from .service import Service
@@ -45,8 +46,6 @@ from .tracing import Spans
 log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0
-_CLOSING_S = 2.0  # for responses to leave, when all requests are over
-_BACKLOG = 1024  # connections that wait to be taken
 _INTERRUPTED = 130
 
 
@@ -92,26 +91,27 @@ async def serving(
     written.unlink(missing_ok=True)  # of an earlier life
     async with _control(deployment, card, run_dir) as service, _traced(deployment, card, service):
         front = Front(deployment, card, tokenizer, service)
-        app = make_app(front)
         token = secrets.token_urlsafe(32)
+        app = make_app(front, _callers(deployment, token))
         add_admin(app, service, token)
-        runner = web.AppRunner(
-            app,
-            handler_cancellation=True,
-            access_log=None,
-            logger=_http_log(),
-            shutdown_timeout=_CLOSING_S,
-        )
-        await runner.setup()
         try:
-            host, port = await _bind(runner, deployment)
-            _write(written, {"host": host, "port": port, "pid": os.getpid(), "token": token})
-            log.info("listening at %s:%d", host, port)
-            yield service
+            async with listening(app, deployment, _http_log()) as (host, port):
+                certificate = deployment.security.tls_cert
+                found = {"host": host, "port": port, "pid": os.getpid(), "token": token}
+                _write(written, found | {"certificate": certificate})
+                scheme = "http" if certificate is None else "https"
+                log.info("listening at %s://%s:%d", scheme, host, port)
+                yield service
         finally:
-            await runner.cleanup()
             front.close()
             written.unlink(missing_ok=True)
+
+
+def _callers(deployment: Deployment, token: str) -> Callers:
+    keys = all_keys(deployment.security.api_keys)
+    if not keys and not is_loopback(deployment.router.host):
+        log.warning("other hosts can reach this API, and no key is asked for: security.api_keys")
+    return Callers(keys, token, monotonic)
 
 
 @contextlib.asynccontextmanager
@@ -171,21 +171,6 @@ def _salt(run_dir: Path) -> bytes:
         new.write_bytes(secrets.token_bytes(32))
         new.replace(path)
     return path.read_bytes()
-
-
-async def _bind(runner: web.AppRunner, deployment: Deployment) -> tuple[str, int]:
-    """The address that HTTP is served at."""
-    host, port = deployment.router.host, deployment.router.port
-    site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
-    try:
-        await site.start()
-    except OSError as error:
-        raise StartupError(
-            f"router.port: {host}:{port} can't be bound: {error.strerror or error}; "
-            "give another one, or 0 for any free one"
-        ) from error
-    bound = runner.addresses[0]
-    return str(bound[0]), int(bound[1])
 
 
 def _http_log() -> logging.Logger:

@@ -277,12 +277,11 @@ def test_a_client_that_hangs_up_is_over_on_both_sides(stage: str, stream: bool) 
 
 
 def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "WRITE_TIMEOUT_S", 0.5)
     dumps = answer._dumps  # what buffers there are is to be full soon
     monkeypatch.setattr(answer, "_dumps", lambda body: dumps(body) + " " * 100_000)
 
     async def main() -> None:
-        async with split() as (up, _, decode):
+        async with split(router={"write_timeout_s": 0.5}) as (up, _, decode):
             decode.hold_after = 200
             decode.token_delay = 0.002  # so that each is an event of its own
             host, port = up.url.removeprefix("http://").split(":")

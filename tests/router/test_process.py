@@ -76,7 +76,13 @@ async def process(**sections: Any) -> AsyncIterator[Process]:
             written = folder / "http.json"
             await until(written.exists, 20.0)
             found = json.loads(written.read_text())
-            assert found["pid"] == popen.pid and set(found) == {"host", "port", "pid", "token"}
+            assert found["pid"] == popen.pid and set(found) == {
+                "host",
+                "port",
+                "pid",
+                "token",
+                "certificate",
+            }
             yield Process(popen, folder, f"http://{found['host']}:{found['port']}")
         finally:
             if popen.poll() is None:
