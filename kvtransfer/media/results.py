@@ -39,5 +39,7 @@ class Results(Generic[T]):
         return results
 
     def close(self) -> None:
-        """No thread puts any more."""
-        os.close(self._waker)
+        """No thread puts any more. Once closed, the number may be another descriptor's."""
+        if self._waker >= 0:
+            os.close(self._waker)
+            self._waker = -1
