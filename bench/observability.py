@@ -92,6 +92,7 @@ class Load:
             "max_tokens": self.output_tokens,
             "ignore_eos": True,
             "stream": True,
+            "logprobs": 0,  # so that a token shows even where it is half a character
         }
         begun = time.monotonic()
         first = last = 0.0
