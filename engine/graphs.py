@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.progress import Progress
 from ..kernels.decode_attention import DecodeWorkspace
 from .batch import SingleRows, padded
 from .model import Attention, Model, Tokens
@@ -61,8 +62,10 @@ class DecodeGraphs:
 
     def capture_all(self) -> None:
         """The largest first: the smaller ones fit into its memory."""
-        for size in reversed(self.sizes):
-            self._at(size)
+        with Progress("capturing decode steps", len(self.sizes)) as progress:
+            for size in reversed(self.sizes):
+                self._at(size)
+                progress.advance(1)
 
     def run(self, rows: SingleRows) -> Tensor:
         """The logits ``[B, vocab]`` of the rows, valid until the next run."""

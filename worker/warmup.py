@@ -19,6 +19,7 @@ from ..core.clock import Clock
 from ..core.cost import DecodePoint, PrefillPoint, StepCost, fit_decode, fit_prefill
 from ..core.params import SamplingParams
 from ..core.plan import Engine, NewSequence, Row, StepPlan
+from ..core.progress import Progress
 from .budget import Budget
 
 log = logging.getLogger(__name__)
@@ -43,14 +44,15 @@ def measure(engine: Engine, budget: Budget, clock: Clock, limit_s: float) -> Ste
     end = clock() + limit_s
     prefill: list[PrefillPoint] = []
     decode: list[DecodePoint] = []
-    for one in _in_turn(bench.decode_points(budget), bench.prefill_points(budget)):
-        point = one()
-        if isinstance(point, PrefillPoint):
-            prefill.append(point)
-        else:
-            decode.append(point)
-        if clock() > end and len(prefill) >= 2 and len(decode) >= 2:
-            break
+    with Progress("measuring steps"):
+        for one in _in_turn(bench.decode_points(budget), bench.prefill_points(budget)):
+            point = one()
+            if isinstance(point, PrefillPoint):
+                prefill.append(point)
+            else:
+                decode.append(point)
+            if clock() > end and len(prefill) >= 2 and len(decode) >= 2:
+                break
     cost = StepCost(fit_prefill(prefill), fit_decode(decode))
     log.info(
         "a step of 1 sequence takes %.2f ms, of %d %.2f ms, a chunk of %d tokens %.2f ms "
