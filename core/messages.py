@@ -272,6 +272,8 @@ class Place:
     """Run ``task`` for this attempt: the prompt, the output of earlier attempts, the sampling.
 
     ``peer`` is the receiving worker for PREFILL, the sending one for DECODE, absent for WHOLE.
+    ``ttft_ms`` is the time that is left until the first token is due, ``tpot_ms`` what each
+    later one may take; None where nothing is asked.
     """
 
     __pydantic_config__ = _STRICT
@@ -281,6 +283,8 @@ class Place:
     output: Tokens
     params: SamplingParams
     peer: PeerAddress | None = None
+    ttft_ms: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    tpot_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 @dataclass(frozen=True, slots=True)

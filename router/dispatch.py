@@ -401,7 +401,7 @@ class Dispatch:
         self._fleet.changed(*placement.workers)
         for worker in placement.workers:
             self._given.setdefault(worker, {})[request.id] = request
-        return self._tell(request.place(placement, self._address, now))
+        return self._tell(request.place(placement, self._address, now, wish.objectives))
 
     def _address(self, ref: WorkerRef) -> PeerAddress:
         member = self.members.get(ref)

@@ -14,6 +14,7 @@ however often.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -87,6 +88,7 @@ class Request:
         self.placement: Placement | None = None
         self.placed_at = 0.0
         self._number = 1
+        self._limits_ms: tuple[float | None, float | None] = (None, None)  # TTFT left, TPOT
         self.block_names: list[bytes] = []  # of prompt and output, as far as they were needed
         self._num_before = 0  # tokens of the output that earlier attempts have drawn
         self._decoding = False  # the decode worker has all it needs from the other
@@ -184,9 +186,14 @@ class Request:
         return worker == self.placement.decode or (self.needs(worker) and not self.prefilled)
 
     def place(
-        self, placement: Placement, address: Callable[[WorkerRef], PeerAddress], now: float
+        self,
+        placement: Placement,
+        address: Callable[[WorkerRef], PeerAddress],
+        now: float,
+        objectives: Objectives | None = None,
     ) -> list[Order]:
         """QUEUED -> PLACED. The decode worker is told first: it is to know what it is asked."""
+        self._limits_ms = _limits_ms(objectives or Objectives(), now - self.marks.arrived)
         assert self.state is State.QUEUED and self.placement is None
         self.state = State.PLACED
         self.placement = self._last_placement = placement
@@ -326,8 +333,17 @@ class Request:
 
     def _place(self, task: Task, peer: PeerAddress | None) -> Place:
         ask = self.ask
-        return Place(self.key, task, ask.prompt, tuple(self.output), ask.params, peer)
+        output = tuple(self.output)
+        return Place(self.key, task, ask.prompt, output, ask.params, peer, *self._limits_ms)
 
     def _orders_to_abort(self) -> list[Order]:
         workers = self.placement.workers if self.placement is not None else ()
         return [(worker, Abort(self.key)) for worker in workers]
+
+
+def _limits_ms(objectives: Objectives, waited_s: float) -> tuple[float | None, float | None]:
+    ttft_ms, tpot_ms = objectives.ttft_ms, objectives.tpot_ms
+    return (
+        ttft_ms - 1e3 * max(0.0, waited_s) if ttft_ms < math.inf else None,
+        tpot_ms if tpot_ms < math.inf else None,
+    )

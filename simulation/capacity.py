@@ -24,6 +24,11 @@ class Capacity:
     runs: int
 
 
+def survives(fleet: Fleet, load: Sequence[Arrival], seed: int = 0) -> bool:
+    outcome = simulate(fleet, load, seed, give_up_below=ATTAINMENT)
+    return not outcome.cut and outcome.attainment >= ATTAINMENT
+
+
 def find(
     fleet: Fleet,
     load_at: Callable[[float], Sequence[Arrival]],

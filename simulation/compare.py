@@ -24,13 +24,14 @@ from typing import Any
 from ..core.config import Admission, Policy
 from ..core.cost import StepCost
 from ..core.ids import Role
-from .capacity import Capacity, find
+from .capacity import Capacity, find, survives
 from .costs import EIGHT_B_ON_H200
 from .run import Fleet
 from .virtual_worker import WorkerSpec
 from .workload import Arrival, Length, arrivals, poisson, read_trace, synthetic
 
-CHUNKS = (512, 1024, 2048, 4096)
+CHUNKS = (1024, 512, 2048, 4096)
+BETTER = 1.012
 OBJECTIVES = ((500.0, 30.0), (200.0, 15.0), (200.0, 10.0), (2000.0, 100.0))
 SYNTHETIC = {"chat": (512, 256), "code": (2048, 64), "summarise": (8192, 256)}
 TRACES = {
@@ -103,10 +104,12 @@ def adaptive(gpus: int, spec: WorkerSpec, prefill: int | None = None) -> Fleet:
 
 
 def splits(gpus: int) -> list[tuple[int, int]]:
-    """Every split of few GPUs, in eighths of many."""
+    """Every split of few GPUs, in eighths of many; the even ones first."""
     if gpus <= 8:
-        return [(n, gpus - n) for n in range(1, gpus)]
-    return [(gpus * n // 8, gpus - gpus * n // 8) for n in range(1, 8)]
+        shares = [(n, gpus - n) for n in range(1, gpus)]
+    else:
+        shares = [(gpus * n // 8, gpus - gpus * n // 8) for n in range(1, 8)]
+    return sorted(shares, key=lambda share: abs(share[0] - share[1]))
 
 
 def statics(
@@ -173,25 +176,26 @@ def run_cell(
 
     best = capacity(adaptive(cell.gpus, spec), guess).rate
 
-    def best_static(admission: Admission) -> dict[str, tuple[float, str]]:
-        """Of each kind the best; who can't reach 0.8 of the best so far is looked at no
-        closer."""
+    def best_static(admission: Admission, near: float) -> dict[str, tuple[float, str]]:
+        """Of each kind the best. Who does not survive a rate a little above that of the best
+        so far is not looked at any closer."""
+        nonlocal runs
         found = {"colocated": (0.0, ""), "split": (0.0, "")}
         for fleet in statics(cell.gpus, spec, admission, chunks):
             kind = fleet.name.split()[0].strip(",")
-            floor = max(0.8 * found[kind][0], least)
-            near = max(found[kind][0], floor) or guess
-            if found[kind][0] == 0.0:
-                near = best or guess
-            rate = find(fleet, load_at, near, least=floor, seed=cell.seed)
-            nonlocal runs
-            runs += rate.runs
-            if rate.rate > found[kind][0]:
-                found[kind] = (rate.rate, fleet.name)
+            rate, _ = found[kind]
+            if rate:
+                runs += 1
+                if not survives(fleet, load_at(rate * BETTER), cell.seed):
+                    continue
+            reached = capacity(fleet, rate * BETTER if rate else near).rate
+            if reached > rate:
+                found[kind] = (reached, fleet.name)
         return found
 
-    field = best_static(Admission.OPEN)
-    own = best_static(Admission.SLO) if ours else field
+    field = best_static(Admission.OPEN, best or guess)
+    static = max(rate for rate, _ in field.values())
+    own = best_static(Admission.SLO, static or best or guess) if ours else field
     return Row(
         cell,
         best,

@@ -8,9 +8,11 @@ told in ``lifecycle``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Listing
 
+from ..cache.sequence import Sequence
 from ..core.cost import StepCost
 from ..core.ids import Attempt, Role, WorkerRef
 from ..core.messages import (
@@ -34,6 +36,7 @@ from ..core.plan import EngineLimits, KvLayout, StepPlan, StepResult
 from ..kvtransfer.messages import ToReceiver, ToSender
 from ..kvtransfer.receiver import Receiver
 from ..kvtransfer.sender import Sender
+from ..prefill.pace import chunk_tokens
 from ..prefill.phase import Chunk
 from ..prefill.prompt import Prompt, PromptKind
 from .budget import Budget
@@ -225,8 +228,9 @@ class WorkerCore:
             steps.add(seq)
             kv_tokens += seq.num_scheduled_tokens
         life.grant(now)
+        self._demote(now)
         chunks, dropped = life.prefill.schedule(
-            min(self._budget.chunk_tokens, self._limits.max_step_tokens - steps.num_rows),
+            self._chunk_tokens(running, kv_tokens, now),
             steps.num_free_slots,
             life.spare,
             lambda prompt: life.started(prompt, now),
@@ -241,6 +245,30 @@ class WorkerCore:
         if plan is not None:
             self._times.launched(len(running), kv_tokens, chunk_ms, now)
         return plan, self._settled(now)
+
+    def _chunk_tokens(self, running: Listing[Sequence], kv_tokens: int, now: float) -> int:
+        """Of prompts in the next step: what the budget allows, and the batch beside it."""
+        most = min(self._budget.chunk_tokens, self._limits.max_step_tokens - len(running))
+        cost, first = self._times.cost, self._life.prefill.first
+        if cost is None or first is None or most <= 0:
+            return most
+        slack_s = self._life.paces.slack_s(running, now)
+        if slack_s == math.inf:
+            return most
+        # the steps in flight end first
+        slack_s -= self._times.left_s(now)
+        context = first.seq.num_scheduled_tokens
+        return chunk_tokens(cost, most, len(running), kv_tokens, slack_s, context)
+
+    def _demote(self, now: float) -> None:
+        cost = self._times.cost
+        if cost is not None:
+
+            def seconds(prompt: Prompt) -> float:
+                seq = prompt.seq
+                return cost.prefill.work_ms(seq.num_missing_tokens, seq.num_scheduled_tokens) / 1e3
+
+            self._life.prefill.demote(now, seconds)
 
     def complete(self, result: StepResult, now: float) -> list[Effect]:
         """The oldest launched step is done. Its tokens are told before anything else is."""

@@ -13,6 +13,7 @@ ask for itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from ..cache.kvcache import KvCache
@@ -53,6 +54,7 @@ from ..prefill.prompt import Prompt, PromptKind
 from .attempts import Attempts
 from .budget import Budget
 from .effects import Effect, Tell
+from .paces import Paces
 
 
 class Lifecycle:
@@ -90,6 +92,7 @@ class Lifecycle:
         self.decode = DecodePhase(
             self.cache, self.retired, self._rules, budget.max_batch, budget.growth_tokens
         )
+        self.paces = Paces()
         self.draining = False
         self._num_arrivals = 0
         self._out: list[Effect] = []
@@ -134,9 +137,9 @@ class Lifecycle:
         self._num_arrivals += 1
         match place.task:
             case Task.PREFILL:
-                self.prefill.add(Prompt(seq, PromptKind.TRANSFER))
+                self.prefill.add(Prompt(seq, PromptKind.TRANSFER, deadline=_deadline(place, now)))
             case Task.WHOLE:
-                self.prefill.add(Prompt(seq, PromptKind.LOCAL))
+                self.prefill.add(Prompt(seq, PromptKind.LOCAL, deadline=_deadline(place, now)))
             case Task.DECODE:
                 assert place.peer is not None
                 self.decode.expect(seq)
@@ -211,7 +214,9 @@ class Lifecycle:
         """A sequence of the batch gets its next token; the last one ends it."""
         item = self._item(seq, token)
         seq.token_ids.append(token.token_id)
+        self.paces.drawn(seq, self.attempts.place(seq.attempt).tpot_ms, now)
         if item.finish is not None:
+            self.paces.ended(seq)
             self.attempts.end(seq.attempt, now)
             self.decode.remove(seq.attempt)
             self.retired.add(seq)
@@ -377,3 +382,7 @@ class Lifecycle:
     def _release(self, seq: Sequence) -> None:
         self.cache.release(seq)
         self._returned(seq)
+
+
+def _deadline(place: Place, now: float) -> float:
+    return math.inf if place.ttft_ms is None else now + place.ttft_ms / 1e3

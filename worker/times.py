@@ -71,10 +71,21 @@ class StepTimes:
         if self._measured is None:
             return
         if step.chunk_ms > 0:
-            beside_ms = step.decode_ms * self._decode.factor
-            self._prefill = self._prefill.observed(step.chunk_ms, max(0.0, taken_ms - beside_ms))
+            left_ms = taken_ms - step.decode_ms * self._decode.factor
+            # what a small chunk adds to a large batch drowns in the batch's own jitter
+            if step.chunk_ms >= step.decode_ms / 2 and left_ms > 0:
+                self._prefill = self._prefill.observed(step.chunk_ms, left_ms)
         else:
             self._decode = self._decode.observed(step.decode_ms, taken_ms)
+
+    def left_s(self, now: float) -> float:
+        """Until the steps in flight should be done."""
+        if not self._launched:
+            return 0.0
+        prefill, decode = self.factors
+        ms = sum(prefill * step.chunk_ms + decode * step.decode_ms for step in self._launched)
+        began = max(self._launched[0].at, self._completed)
+        return max(0.0, ms / 1e3 - (now - began))
 
     def chunk_ms(self, num_tokens: int, context: int) -> float:
         """What a chunk adds to a step, by the warm-up."""

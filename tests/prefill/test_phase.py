@@ -6,7 +6,7 @@ from pdserve.cache.kvcache import KvCache
 from pdserve.cache.retired import RetiredSequences
 from pdserve.cache.sequence import Sequence
 from pdserve.core.messages import TokenItem
-from pdserve.prefill.phase import Chunk, PrefillPhase
+from pdserve.prefill.phase import GRACE_S, Chunk, PrefillPhase
 from pdserve.prefill.prompt import Prompt, PromptKind, PromptState
 
 TRANSFER, LOCAL, RECOMPUTE = PromptKind.TRANSFER, PromptKind.LOCAL, PromptKind.RECOMPUTE
@@ -314,3 +314,33 @@ def test_a_prompt_can_be_removed_in_each_state() -> None:
         assert prompt.attempt not in bench.phase and bench.schedule() == []
         bench.check()
         assert bench.cache.counts().held == 0
+
+
+def test_the_earliest_deadline_goes_first_and_priority_before_it() -> None:
+    bench = Bench()
+    late, soon, never, urgent = (bench.add(8) for _ in range(4))
+    bench.phase.remove(late.attempt)
+    bench.phase.remove(soon.attempt)
+    bench.phase.remove(urgent.attempt)
+    late.deadline, soon.deadline, urgent.priority = 9.0, 3.0, 1
+    for prompt in (late, soon, urgent):
+        bench.phase.add(prompt)
+    assert bench.phase.first is urgent
+    order = [bench.step()[0][0] for _ in range(4)]
+    assert order == [urgent, soon, late, never]
+
+
+def test_who_is_certain_to_be_late_steps_behind_those_who_are_not() -> None:
+    bench = Bench()
+    hopeless, fine, granted = (bench.add(8) for _ in range(3))
+    for prompt, deadline in ((hopeless, 1.0), (fine, 2.0), (granted, 1.0)):
+        bench.phase.remove(prompt.attempt)
+        prompt.deadline = deadline
+        bench.phase.add(prompt)
+    bench.phase.grant(granted.attempt, 0.0)
+    bench.phase.demote(0.9, lambda prompt: 0.2)
+    assert (hopeless.late, hopeless.deadline) == (True, 1.0 + GRACE_S)
+    assert not fine.late and not granted.late
+    bench.phase.demote(5.0, lambda prompt: 0.2)
+    assert hopeless.deadline == 1.0 + GRACE_S  # once: it is not pushed back for ever
+    assert [bench.step()[0][0] for _ in range(3)] == [granted, hopeless, fine]

@@ -1,0 +1,43 @@
+"""How large a chunk beside a batch may be."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdserve.core.cost import DecodeCost, PrefillCost, StepCost
+from pdserve.prefill.pace import CREDIT, MARGIN, Pace, chunk_tokens
+
+COST = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
+
+
+def test_tokens_are_due_one_after_the_other_with_a_credit_at_first() -> None:
+    pace = Pace(first_token=10.0, tpot_s=0.03, expected_tokens=200.0)
+    assert pace.due(0) == pytest.approx(10.0 + CREDIT * 200 * 0.03)
+    assert pace.due(7) - pace.due(6) == pytest.approx(MARGIN * 0.03)
+    # an answer of the expected length that uses all of it up meets its objective
+    assert pace.due(200) - 10.0 <= 0.03 * 200
+
+
+@pytest.mark.parametrize(
+    ("batch", "slack_s", "expected"),
+    [
+        (0, -1.0, 2048),  # nobody to disturb
+        (100, 10.0, 2048),
+        # a step of 29 ms: the batch's 5 + 1 + 1, and beside the weights' read 2 + 20
+        (100, 0.029, 1250),
+        (100, 0.007, 150),  # what fits under the read of the weights
+        (100, 0.0, 16),  # a prompt never stands still
+        (100, -5.0, 16),
+    ],
+)
+def test_a_chunk_fills_the_time_until_the_first_token_is_due(
+    batch: int, slack_s: float, expected: int
+) -> None:
+    found = chunk_tokens(COST, 2048, batch, batch * 1000, slack_s, 0)
+    assert found == pytest.approx(expected, abs=1)
+
+
+def test_far_into_a_prompt_a_token_costs_more() -> None:
+    cost = StepCost(PrefillCost(2.0, 0.02, 1e-6), DecodeCost(5.0, 0.01, 1e-5))
+    at = [chunk_tokens(cost, 2048, 10, 10_000, 0.02, context) for context in (0, 10_000, 60_000)]
+    assert at == sorted(at, reverse=True) and at[0] > 2 * at[2]
