@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     add_simulation_options(simulated)
 
     bench = command("bench", _bench, "measure: see `pdserve bench engine --help`, or transfer")
-    bench.add_argument("what", choices=["engine", "transfer"])
+    bench.add_argument("what", choices=["engine", "transfer", "router"])
     bench.add_argument("options", nargs=argparse.REMAINDER)
 
     completion = command("completion", _completion, "print what makes a shell complete pdserve")
@@ -380,6 +380,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from .bench import transfer
 
         return transfer.main(arguments.options)
+    if arguments.what == "router":
+        from .bench import router
+
+        return router.main(arguments.options)
     from .bench import engine
 
     return engine.main(arguments.options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import msgpack
@@ -56,8 +57,12 @@ class Codec(Generic[M]):
 
 def _plain(value: Any) -> Any:
     """A dataclass tree as dicts and lists; scalars as they are."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    names = _names(kind)  # type: ignore[arg-type]
+    if names is not None:
+        return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, bytes | str):
         return value
     if isinstance(value, Sequence):
@@ -65,3 +70,12 @@ def _plain(value: Any) -> Any:
             return [_plain(item) for item in value]
         return list(value)
     return value
+
+
+_SCALARS = frozenset((int, float, str, bytes, bool, type(None)))
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...] | None:
+    """Of a dataclass's fields."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None

@@ -39,6 +39,10 @@ _STREAM_HEADERS = {
 }
 
 
+_FLOWING = 16 << 10  # bytes that a client has not taken yet: with fewer it keeps up
+_MARK = "\0text\0"  # for a text that is filled in later
+
+
 class ClientGone(Exception):
     """The client has hung up, or stopped reading."""
 
@@ -150,14 +154,25 @@ class Answer:
         offset = 0
         first = True
         finish = None
+        around = self._around(generation.index) if self._call.num_logprobs is None else None
         while finish is None:
             piece = await self._next(generation)
             finish = piece.finish
+            if around is not None and not first and finish is None:  # as most of them are
+                if piece.text:
+                    await events.write(around[0] + _dumps(piece.text).encode() + around[1])
+                continue
             choice = Choice(generation.index, piece.text, finish)
             if self._call.num_logprobs is not None:
                 choice.logprobs, offset = self._bodies.logprobs(piece.items, offset)
             await events.send(*self._bodies.chunks(choice, first=first))
             first = False
+
+    def _around(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text in an event that carries nothing else."""
+        (body,) = self._bodies.chunks(Choice(index, _MARK), first=False)
+        before, _, after = _dumps(body).partition(_dumps(_MARK))
+        return f"data: {before}".encode(), f"{after}\n\n".encode()
 
     async def _next(self, generation: Generation) -> Piece:
         piece = await generation.next()
@@ -200,17 +215,30 @@ class _Events:
 
     async def send(self, *bodies: Json) -> None:
         if bodies:
-            await self._write(b"".join(b"data: %b\n\n" % _dumps(body).encode() for body in bodies))
+            await self.write(b"".join(b"data: %b\n\n" % _dumps(body).encode() for body in bodies))
 
     async def finish(self) -> None:
-        await self._write(b"data: [DONE]\n\n")
+        await self.write(b"data: [DONE]\n\n")
         await self.end()
 
     async def end(self) -> None:
         async with _patience(self._request, self._write_timeout_s):
             await self.response.write_eof()
 
-    async def _write(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
+        """Whole events."""
+        transport = self._request.transport
+        if (
+            self.begun
+            and transport is not None
+            and not self._lock.locked()
+            and transport.get_write_buffer_size() + len(data) < _FLOWING  # then it can't wait
+        ):
+            try:
+                await self.response.write(data)
+            except ConnectionError:
+                raise ClientGone("it has hung up") from None
+            return
         async with self._lock, _patience(self._request, self._write_timeout_s):
             if not self.begun:
                 await self.response.prepare(self._request)

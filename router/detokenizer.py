@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[Sequence[int]], str]
+Whole = Callable[[int], str | None]
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character (yet) decode to
 _WINDOW = 16  # tokens; past it the window is cut at the next clean end of a character
@@ -20,13 +21,21 @@ _KEPT = range(5, 9)  # tokens of context: one of these cuts falls between two ch
 
 
 class Detokenizer:
-    def __init__(self, decode: Decode) -> None:
+    """``whole(token_id)`` is the text of a token that reads the same wherever it stands, None for
+    one that is but a part of a character. Without it no token is taken for such a one."""
+
+    def __init__(self, decode: Decode, whole: Whole | None = None) -> None:
         self._decode = decode
+        self._whole = whole
         self._window: list[int] = []
         self._num_sent = 0  # characters of the window's text that have been given out
 
     def push(self, token_id: int) -> str:
         """The text that is certain with this token: whole characters, perhaps none."""
+        if self._whole is not None and not self._window:
+            alone = self._whole(token_id)
+            if alone is not None:
+                return alone
         self._window.append(token_id)
         text = self._decode(self._window)
         num_held = len(text) - len(text.rstrip(_UNKNOWN))  # what the next token may complete
@@ -35,7 +44,10 @@ class Detokenizer:
             num_held = min(num_held, 1)
         piece = text[self._num_sent : len(text) - num_held]
         self._num_sent += len(piece)
-        if rubbish or (num_held == 0 and len(self._window) > _WINDOW):
+        if num_held == 0 and self._whole is not None and self._whole(token_id) is not None:
+            self._window.clear()
+            self._num_sent = 0
+        elif rubbish or (num_held == 0 and len(self._window) > _WINDOW):
             self._cut(text, rubbish)
         return piece
 

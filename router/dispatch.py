@@ -10,6 +10,7 @@ a request has a bound that ``tick`` or a beat enforces:
 
 from __future__ import annotations
 
+import heapq
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,11 +50,12 @@ from .policy import decide, missing
 from .prefix_map import PrefixMap
 from .requests import Ask, Order, Request, State
 from .roles import Holder, Move, moves
-from .snapshot import Objectives
+from .snapshot import Objectives, Placement
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 2.0  # from a placement to the beat that must list it
+_FEW = 1024  # deadlines of requests that are over, which may stay
 TELL_ROLE_EVERY_S = 2.0  # a worker that says it has another
 BAD_LINK_S = 30.0  # a pair whose transfer failed is left alone for so long
 
@@ -74,6 +76,7 @@ class Dispatch:
         self._pools = pools
         self._epoch = epoch
         self._requests: dict[str, Request] = {}
+        self._deadlines: list[tuple[float, str]] = []  # a heap; of some that are over, too
         self._queue: deque[Request] = deque()  # the oldest first, replays before the others
         self._given: dict[WorkerRef, dict[str, Request]] = {}  # to each worker, by id
         self._objectives = objectives or Objectives()
@@ -116,6 +119,7 @@ class Dispatch:
 
     def submit(self, ask: Ask, now: float) -> list[Effect]:
         request = self._requests[ask.request_id] = Request(ask, now)
+        heapq.heappush(self._deadlines, (ask.deadline, ask.request_id))
         placed = self._place(request, now)
         if not placed:
             self._queue.append(request)
@@ -186,9 +190,13 @@ class Dispatch:
             effects += self._gone(ref, now)
         self.members.forget(now)
         self._bad_links = {pair: until for pair, until in self._bad_links.items() if until > now}
-        for request in list(self._requests.values()):
-            if now >= request.ask.deadline:
-                effects += self._change(request, request.expire, now)
+        if len(self._deadlines) > 2 * len(self._requests) + _FEW:
+            self._deadlines = [(one.ask.deadline, one.id) for one in self._requests.values()]
+            heapq.heapify(self._deadlines)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            late = self._requests.get(heapq.heappop(self._deadlines)[1])
+            if late is not None:
+                effects += self._change(late, late.expire, now)
         return effects + self._place_queued(now)
 
     def beats(self) -> list[Effect]:
@@ -306,19 +314,21 @@ class Dispatch:
             request = self._requests.get(item.key.request_id)
             if request is None:
                 continue
-            attempt, num_before = request.attempt, len(request.output)
-            changed = self._change(request, partial(request.token, item, ref, now), now)
+            number, num_before, before = request.number, len(request.output), request.placement
+            orders = request.token(item, ref, now)
             if len(request.output) > num_before:
                 effects.append(Emit(request.id, item, request.marks.gap))
                 if not request.over:
                     self._loads.token(request.id)
                     if not num_before and request.placement is not None:
                         self._fleet.changed(*request.placement.workers)
-            effects += changed
-            if request.attempt != attempt:
+            if orders or request.over or request.placement is not before:
+                effects += self._settle(request, before, orders, now)
+            if request.number != number:
                 log.warning(
-                    "tokens of %s were lost on the way from %s",
-                    attempt,
+                    "tokens of %s#%d were lost on the way from %s",
+                    request.id,
+                    number,
                     ref,
                     extra=request.log_fields,
                 )
@@ -348,7 +358,12 @@ class Dispatch:
     ) -> list[Effect]:
         """Runs one transition, and draws what follows for the tables and for the client."""
         before = request.placement
-        effects = self._tell(transition())
+        return self._settle(request, before, transition(), now)
+
+    def _settle(
+        self, request: Request, before: Placement | None, orders: Sequence[Order], now: float
+    ) -> list[Effect]:
+        effects = self._tell(orders)
         if before is not None and request.placement is None:
             self._loads.left(request.id)
             self._fleet.changed(*before.workers)

@@ -124,6 +124,7 @@ class Front:
                 self.tokenizer.decode,
                 call.fields.stops,
                 echoes[index // call.fields.n] if echoes else "",
+                self.tokenizer.whole,
             )
             for index, ask in enumerate(asks)
         ]

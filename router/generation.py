@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.messages import FinishReason, TokenItem
-from .detokenizer import Decode, Detokenizer, StopStrings
+from .detokenizer import Decode, Detokenizer, StopStrings, Whole
 from .requests import State
 from .service import Stream
 from .timeline import Timeline
@@ -35,11 +35,12 @@ class Generation:
         decode: Decode,
         stops: Sequence[str],
         echo: str = "",
+        whole: Whole | None = None,
     ) -> None:
         self.index = index  # of the choice, in the answer
         self.num_output_tokens = 0
         self._stream = stream
-        self._detokenizer = Detokenizer(decode)
+        self._detokenizer = Detokenizer(decode, whole)
         self._stops = StopStrings(stops)
         self._echo = echo  # stands before the first piece
 

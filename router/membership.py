@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..core.cost import StepCost
@@ -56,10 +56,10 @@ class Member:
     factors: tuple[float, float] = (1.0, 1.0)  # of its cost: prefill, decode
     wanted: Role | None = None  # the role that it was given last, if ever
     told_at: float = 0.0
+    ref: WorkerRef = field(init=False)
 
-    @property
-    def ref(self) -> WorkerRef:
-        return self.hello.address.ref
+    def __post_init__(self) -> None:
+        self.ref = self.hello.address.ref
 
     @property
     def alive(self) -> bool:

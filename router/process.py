@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -46,6 +47,7 @@ from .tracing import Spans
 log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0
+_GC_OBJECTS = 50_000  # that were made and not freed, from one look for circles to the next
 _INTERRUPTED = 130
 
 
@@ -71,6 +73,11 @@ async def _run(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     async with serving(deployment, card, run_dir, tokenizer) as service:
+        # What is here by now stays, and what a token leaves behind is freed as it is let go:
+        # looking through thousands of streams for circles, again and again, would cost more.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_GC_OBJECTS, 20, 50)
         stopped = asyncio.create_task(stop.wait())
         time_kept = asyncio.create_task(service.keep_time())
         await asyncio.wait({stopped, time_kept}, return_when=asyncio.FIRST_COMPLETED)

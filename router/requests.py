@@ -54,6 +54,9 @@ class State(StrEnum):
     ABORTED = "aborted"
 
 
+_OVER = frozenset((State.DONE, State.FAILED, State.ABORTED))
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What is to be generated. ``deadline`` is when it is over, done or not.
@@ -87,7 +90,7 @@ class Request:
         self.error: RequestError | None = None
         self.placement: Placement | None = None
         self.placed_at = 0.0
-        self._number = 1
+        self.key = Key(ask.request_id, 1)  # of the attempt
         self._limits_ms: tuple[float | None, float | None] = (None, None)  # TTFT left, TPOT
         self.block_names: list[bytes] = []  # of prompt and output, as far as they were needed
         self._num_before = 0  # tokens of the output that earlier attempts have drawn
@@ -110,16 +113,17 @@ class Request:
         return self.ask.request_id
 
     @property
-    def attempt(self) -> Attempt:
-        return Attempt(self.id, self._number)
+    def number(self) -> int:
+        """Of the attempt."""
+        return self.key.number
 
     @property
-    def key(self) -> Key:
-        return Key(self.id, self._number)
+    def attempt(self) -> Attempt:
+        return self.key.attempt
 
     @property
     def over(self) -> bool:
-        return self.state in (State.DONE, State.FAILED, State.ABORTED)
+        return self.state in _OVER
 
     @property
     def num_tokens(self) -> int:
@@ -226,7 +230,8 @@ class Request:
     def token(self, item: TokenItem, worker: WorkerRef, now: float) -> list[Order]:
         """Takes the token into ``output`` if it is the next one. A gap loses the attempt."""
         placement = self.placement
-        if placement is None or item.key != self.key or worker not in placement.workers:
+        number = item.key.number
+        if placement is None or number != self.key.number or worker not in placement.workers:
             return []
         if worker == placement.decode:
             self._decoding = True
@@ -273,7 +278,7 @@ class Request:
         self.strikes += strike
         self.state = State.QUEUED
         self.placement = None
-        self._number += 1
+        self.key = Key(self.id, self.key.number + 1)
         return orders
 
     def expire(self) -> list[Order]:
@@ -308,7 +313,7 @@ class Request:
             self.error.code if self.error is not None else None,
             placement.prefill.worker_id if placement is not None else None,
             placement.decode.worker_id if placement is not None else None,
-            num_attempts=self._number,
+            num_attempts=self.key.number,
             num_prompt_tokens=len(self.ask.prompt),
             num_cached_tokens=self.num_cached_tokens or 0,
             num_output_tokens=len(self.output),

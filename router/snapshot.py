@@ -114,7 +114,7 @@ class Placement:
 
     @property
     def whole(self) -> bool:
-        return self.prefill == self.decode
+        return self.prefill is self.decode or self.prefill == self.decode
 
     @property
     def workers(self) -> tuple[WorkerRef, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._template = template
         self._bytes = _byte_letters()
+        self._whole: dict[int, str | None] = {}  # no more than there are tokens
+        self._by_bytes = _decodes_by_bytes(tokenizer)
 
     @staticmethod
     def read(folder: Path) -> Tokenizer:
@@ -68,6 +70,17 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Without special tokens; bytes that make no character become U+FFFD."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=not special)
+
+    @property
+    def whole(self) -> Callable[[int], str | None] | None:
+        """For ``Detokenizer``: where tokens stand for bytes, most are whole characters."""
+        return self._whole_text if self._by_bytes else None
+
+    def _whole_text(self, token_id: int) -> str | None:
+        if token_id not in self._whole:
+            text = self.decode([token_id])
+            self._whole[token_id] = None if "\N{REPLACEMENT CHARACTER}" in text else text
+        return self._whole[token_id]
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special ones too."""
@@ -120,6 +133,20 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
             case _:
                 continue
     return found
+
+
+def _decodes_by_bytes(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether the text of tokens is that of their bytes in a row, wherever they stand."""
+    if tokenizer.decoder is None:
+        return False
+    state = json.loads(tokenizer.decoder.__getstate__())
+    parts = state.get("decoders", [state])
+    kinds = [part["type"] for part in parts]
+    by_letter = all(
+        len(part["pattern"].get("String", "")) == 1 for part in parts if part["type"] == "Replace"
+    )
+    known = {"ByteFallback", "Fuse", "Replace", "ByteLevel"}
+    return kinds[-1:] == ["ByteLevel"] and set(kinds) <= known and by_letter
 
 
 def _byte_letters() -> dict[str, int]:

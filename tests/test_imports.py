@@ -26,7 +26,7 @@ ALLOWED = {
     "worker": _PHASE | {"prefill", "decode", "engine", "simulation"},
     "router": {"core", "cache"},
     "deploy": {"core"},
-    "bench": {"core", "engine", "kernels", "simulation", "worker"},
+    "bench": {"cache", "core", "engine", "kernels", "router", "simulation", "worker"},
 }
 NO_TORCH = ("core", "cache", "kvtransfer", "prefill", "decode", "simulation", "router", "deploy")
 TENSOR_LIBRARIES = {"torch", "triton", "transformers", "safetensors", "accelerate", "gguf"}

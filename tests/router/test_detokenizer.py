@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pdserve.router.detokenizer import Detokenizer, StopStrings
+from pdserve.router.tokenizer import Tokenizer
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog, the fox",
@@ -66,6 +67,39 @@ def test_the_pieces_of_any_tokens_are_the_whole_text(token_ids: list[int]) -> No
     detokenizer = Detokenizer(decode)
     pieces = [detokenizer.push(token_id) for token_id in token_ids]
     assert "".join(pieces) + detokenizer.flush() == decode(token_ids)
+
+
+def converted() -> tokenizers.Tokenizer:
+    """As out of a GGUF file: the same, with steps before that bytes pass unchanged."""
+    tokenizer = byte_level()
+    steps = [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " ")]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.ByteLevel()])
+    return tokenizer
+
+
+CONVERTED = converted()
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, CONVERTED], ids=["plain", "converted"])
+@given(token_ids=st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1), max_size=200))
+def test_tokens_that_are_whole_characters_need_no_others(
+    tokenizer: tokenizers.Tokenizer, token_ids: list[int]
+) -> None:
+    asked: list[int] = []
+
+    def counted(window: Sequence[int]) -> str:
+        asked.append(len(window))
+        return decode(window)
+
+    detokenizer = Detokenizer(counted, Tokenizer(tokenizer, None).whole)
+    pieces = [detokenizer.push(token_id) for token_id in token_ids]
+    assert "".join(pieces) + detokenizer.flush() == decode(token_ids)
+    halves = sum("\N{REPLACEMENT CHARACTER}" in decode([token_id]) for token_id in token_ids)
+    assert halves or not sum(asked)
+
+
+def test_where_a_token_reads_otherwise_by_itself_none_is_taken_for_whole() -> None:
+    assert Tokenizer(BYTE_FALLBACK, None).whole is None
 
 
 @given(st.text(max_size=80))

@@ -84,8 +84,8 @@ def test_errors_are_of_the_clients_own_kinds() -> None:
             stream = await create(model=MODEL, messages=USER, max_tokens=9, stream=True)
             with pytest.raises(openai.APIError, match="took too long"):
                 async for _ in stream:
-                    for request in list(up.service.dispatch._requests.values()):
-                        object.__setattr__(request.ask, "deadline", 0.0)
+                    dispatch = up.service.dispatch
+                    dispatch._deadlines[:] = [(0.0, name) for name in dispatch._requests]
 
     run(main())
 
