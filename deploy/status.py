@@ -119,7 +119,7 @@ _LIVE = TypeAdapter(Live)
 def read_cluster(url: str) -> Cluster:
     """Raises Unreachable where no router answers. It blocks."""
     where = f"{url.rstrip('/')}/cluster"
-    _, body = get_json(where, _TIMEOUT_S)
+    body = _read(where)
     try:
         return _CLUSTER.validate_python(body)
     except ValidationError:
@@ -279,7 +279,14 @@ def _lost(text: str) -> RenderableType:
 
 
 def _live(url: str) -> Any:
-    return get_json(f"{url.rstrip('/')}/live", _TIMEOUT_S)[1]
+    return _read(f"{url.rstrip('/')}/live")
+
+
+def _read(where: str) -> Any:
+    status, body = get_json(where, _TIMEOUT_S)
+    if status == 401:
+        raise Unreachable(f"{where} wants an API key: put one into PDSERVE_API_KEY")
+    return body
 
 
 def _console() -> Console:

@@ -250,7 +250,8 @@ def _count(request: web.Request, trace: Trace, status: str) -> None:
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else "other"
     metrics.response(path, "499" if status == "-" else status)
-    if request.method == "POST" and not trace.num_prompt_tokens and status.startswith(("4", "5")):
+    asked = request.method == "POST" and path.startswith("/v1/")
+    if asked and not trace.num_prompt_tokens and status.startswith(("4", "5")):
         metrics.refused(trace.refusal)
 
 

@@ -146,6 +146,14 @@ def test_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status.not_ready(URL + "/") == "no worker to prefill"
 
 
+def test_a_server_that_wants_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = {"error": {"message": "this server wants an API key", "code": "invalid_api_key"}}
+    answered(monkeypatch, {"/live": (401, error), "/cluster": (401, error)})
+    for ask in (status.read_live, status.read_cluster):
+        with pytest.raises(Unreachable, match="put one into PDSERVE_API_KEY"):
+            ask(URL)
+
+
 @pytest.mark.parametrize("body", [None, [], {}, {"policy": "x", "workers": [{"id": 5}]}])
 def test_json_of_somebody_else(monkeypatch: pytest.MonkeyPatch, body: Any) -> None:
     answered(monkeypatch, {"/cluster": (200, body), "/live": (404, body)})

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ from browser import FLAGS, chromium
 from fake_worker import FakeWorker
 from router_net import Router, router, run, split, until
 
+from pdserve.core.api_keys import add_key
 from pdserve.core.ids import Role
 from pdserve.router.page import PAGE
 
@@ -131,6 +133,28 @@ def test_an_error_is_shown_in_words() -> None:
             failed = page.locator(".said.failed")
             await failed.wait_for()
             assert "✕ max_tokens is 512" in await failed.inner_text()
+
+    browse(main)
+
+
+def test_a_server_with_keys_asks_for_one(tmp_path: Path) -> None:
+    made = add_key(tmp_path / "keys.yaml", "alice", None, None)
+
+    async def main() -> None:
+        security = {"api_keys": str(tmp_path / "keys.yaml")}
+        async with split(security=security) as (up, _, _), opened(up) as page:
+            await page.locator("#locked").wait_for()
+            assert await page.locator("main").is_hidden()
+            for key, shown in (("wrong", "#wrong"), (made.secret, ".worker")):
+                await page.fill("#key", key)
+                await page.press("#key", "Enter")
+                await page.locator(shown).first.wait_for()
+            assert await page.locator("#locked").is_hidden()
+            await page.fill("#prompt", "hello")
+            await page.press("#prompt", "Enter")
+            await page.locator(".steps").wait_for()
+            await page.reload()
+            await page.locator(".worker").first.wait_for()
 
     browse(main)
 
