@@ -6,6 +6,7 @@ GET /health     200 while the process lives
 GET /ready      200 when requests can be served, else 503 and why not
 GET /cluster    the policy, and every worker with its state and blocks
 GET /           the live page; it polls /live
+GET /openapi.json   all this, for programs
 GET /live       objectives, requests by stage, workers, transfers, events, at this moment
 GET /metrics    for Prometheus
 GET /requests/{id}   the timelines of a recent call, by the id in its X-Request-Id header
@@ -30,6 +31,7 @@ from ..core.logs import fields
 from .answer import Answer, ClientGone, Trace
 from .api.bodies import ChatBodies, CompletionBodies
 from .api.calls import Call, Chat, parse_chat, parse_completion
+from .api.openapi import describe
 from .api.tokens import parse_detokenize, parse_tokenize
 from .callers import Callers
 from .connections import Connection
@@ -67,6 +69,7 @@ def make_app(front: Front, callers: Callers) -> web.Application:
             web.get("/health", handlers.health),
             web.get("/ready", handlers.ready),
             web.get("/", handlers.page),
+            web.get("/openapi.json", handlers.openapi),
             web.get("/live", handlers.live),
             web.get("/cluster", handlers.cluster),
             web.get("/metrics", handlers.metrics),
@@ -80,6 +83,7 @@ class _Handlers:
     def __init__(self, front: Front) -> None:
         self._front = front
         self._created = int(time.time())
+        self._description = describe(front.names)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, parse_chat)
@@ -162,6 +166,9 @@ class _Handlers:
             "policy": front.policy,
         }
         return web.json_response(about | front.service.live())
+
+    async def openapi(self, request: web.Request) -> web.Response:
+        return web.json_response(self._description)
 
     async def page(self, request: web.Request) -> web.Response:
         return web.Response(text=PAGE.text, content_type="text/html", headers=PAGE.headers)

@@ -23,6 +23,7 @@ from typing import Any
 import uvloop
 import zmq
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 from ..core.api_keys import all_keys
 from ..core.card import ModelCard
@@ -185,7 +186,7 @@ def _http_log() -> logging.Logger:
 
     def is_ours(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, HttpProcessingError)
+        return not isinstance(error, (HttpProcessingError, RequestPayloadError))
 
     http_log = log.getChild("http")
     http_log.filters = [is_ours]

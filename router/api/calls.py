@@ -7,7 +7,7 @@ number ``p * n + i`` of the answer. Every choice is a request of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ from ...core.errors import RequestError
 from ...core.params import MAX_LOGPROBS, SamplingParams
 from .body import parse_object, well_formed
 from .fields import Fields, Ints, Texts, ignored, parse, sampling
-from .messages import parse_messages
+from .messages import Messages, parse_messages
 
 MAX_CALL_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -35,7 +35,7 @@ Prompt: TypeAlias = Chat | str | TokenIds
 
 
 class ChatFields(Fields):
-    messages: Any = Field(description="a list of messages")
+    messages: Messages = Field(description="a list of messages")
     max_completion_tokens: int | None = Field(None, ge=1, description="an integer, at least 1")
     logprobs: bool = Field(False, description="true or false")
     top_logprobs: int = Field(

@@ -19,6 +19,7 @@ from .body import first_fault, well_formed
 MAX_CHOICES = 8
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 512  # characters
+MIN_OBJECTIVE_MS = 0.001
 MAX_OBJECTIVE_MS = 3_600_000
 MAX_PRIORITY = 1000
 
@@ -68,7 +69,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-_Milliseconds = Annotated[float, Field(gt=0, le=MAX_OBJECTIVE_MS)]
+_Milliseconds = Annotated[float, Field(ge=MIN_OBJECTIVE_MS, le=MAX_OBJECTIVE_MS)]
 
 
 class SloFields(BaseModel):
@@ -120,8 +121,8 @@ class Fields(BaseModel):
     )
     slo: SloFields = Field(
         SloFields(),
-        description='an object such as {"ttft_ms": 500, "tpot_ms": 50}, each more than 0 '
-        f"and up to {MAX_OBJECTIVE_MS}",
+        description='an object such as {"ttft_ms": 500, "tpot_ms": 50}, each from '
+        f"{MIN_OBJECTIVE_MS} to {MAX_OBJECTIVE_MS}",
     )
     priority: int = Field(
         0,

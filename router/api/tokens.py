@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...core.errors import RequestError
 from .body import first_fault, parse_object, well_formed
 from .calls import Chat
-from .messages import parse_messages
+from .messages import Messages, parse_messages
 
 F = TypeVar("F", bound=BaseModel)
 
@@ -22,7 +22,7 @@ class _Fields(BaseModel):
 
 class TokenizeFields(_Fields):
     prompt: str | None = Field(None, description="a text")
-    messages: Any = Field(None, description="a list of messages")
+    messages: Messages = Field(None, description="a list of messages")
     add_special_tokens: bool = Field(True, description="true or false")
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from served import SPLIT, Server, deployment, run, serve
+from served import SIMULATED, SPLIT, Server, deployment, run, serve
 
 from pdserve.core.card import ModelCard
 
@@ -15,6 +15,12 @@ from pdserve.core.card import ModelCard
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(deployment(tmp_path_factory.mktemp("split"), SPLIT)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(deployment(tmp_path_factory.mktemp("simulated"), SIMULATED)) as running:
         yield running
 
 

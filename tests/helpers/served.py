@@ -30,6 +30,16 @@ kv: {memory: 512MiB}
 router: {policy: disaggregated}
 """
 
+# No model; bounds so short that a test can wait for them.
+SIMULATED = """
+model: {path: tiny, load: dummy, max_context: 256}
+engine: simulated
+pools:
+  prefill: {workers: 1, device: cpu}
+  decode: {workers: 1, device: cpu}
+router: {header_timeout_s: 1, body_timeout_s: 1, max_body: 1MiB}
+"""
+
 
 @dataclass(frozen=True)
 class Server:

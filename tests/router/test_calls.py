@@ -80,6 +80,7 @@ COMMON_FAULTS: list[tuple[str, Any]] = [
     ("min_tokens", -1),
     ("slo", 5),
     ("slo", {"ttft_ms": 0}),
+    ("slo", {"tpot_ms": 5e-324}),
     ("slo", {"tpot_ms": "fast"}),
     ("slo", {"tpot_ms": 1e9}),
     ("priority", 1.5),

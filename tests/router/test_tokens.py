@@ -1,4 +1,5 @@
-"""Prompts as tokens and back: /tokenize, /detokenize, echo; and the names a model goes by."""
+"""Prompts as tokens and back: /tokenize, /detokenize, echo; the names a model goes by; and the
+description of it all."""
 
 from __future__ import annotations
 
@@ -115,3 +116,20 @@ def test_its_own_objectives_and_priority_go_with_a_request() -> None:
 
 def test_aliases_come_from_the_file() -> None:
     assert deployment(model={"path": "x", "aliases": ["a", "b"]}).model.aliases == ("a", "b")
+
+
+def test_the_description() -> None:
+    async def main() -> None:
+        async with router() as up:
+            status, found = await up.get("/openapi.json")
+            assert status == 200 and found["openapi"].startswith("3.1")
+            for path, operations in found["paths"].items():
+                for method, operation in operations.items():
+                    async with up.client.request(method, path.replace("{name}", MODEL)) as response:
+                        assert response.status not in (404, 405), path
+                        assert str(response.status) in operation["responses"]
+            fields = found["components"]["schemas"]["ChatFields"]["properties"]
+            assert fields["temperature"]["maximum"] > 1 and "title" not in fields["temperature"]
+            assert {"messages", "logit_bias", "slo", "n"} <= set(fields)
+
+    run(main())
