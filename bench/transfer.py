@@ -99,7 +99,7 @@ def layout_of(shape: str, num_tokens: int) -> KvLayout:
 
 class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self._tokens: list[int] = arguments.tokens
+        self._tokens: list[int] = arguments.tokens or [16, 512, 2048, 8192, 32768]
         self._repeats: int = arguments.repeats
         first, second = arguments.devices.split(",")
         self._devices = (str(first), str(second))
@@ -271,9 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", default="cpu,cpu", metavar="P,D", help="cpu or cuda:N, both")
     parser.add_argument("--media", default="", metavar="A,B", help="default: all that there are")
     parser.add_argument("--streams", default="1", metavar="N,N", help="of tcp")
-    parser.add_argument(
-        "--tokens", type=_numbers, default=[16, 512, 2048, 8192, 32768], metavar="N,N"
-    )
+    parser.add_argument("--tokens", type=_numbers, metavar="N,N", help="of a prompt")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--token-us", type=float, default=24.0, help="that a token of a chunk takes to compute"
@@ -287,7 +285,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default="llama-3.1-8b", help="for --batch; random weights")
     parser.add_argument("--memory", default="auto", help="kv.memory, for --batch")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each half of --batch")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=15.0,
+        help="with prompts, and about as long without, for --batch",
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser
 

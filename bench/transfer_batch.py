@@ -1,7 +1,8 @@
 """What arriving prompts cost a batch that decodes: real engines, random weights.
 
-``N`` sequences decode on D. Its steps are timed twice: alone, and while P reads prompts one
-after the other and D takes each, draws its second token and is done with it.
+``N`` sequences decode on D, alone and beside prompts in turns: P reads one after the other, and
+D takes each, draws its second token and is done with it. The batch's contexts grow all the
+while, so what a turn with prompts took is compared with the mean of the turns around it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from .transfer_pair import Pair, Request, specs_of
 from .transfer_worker import WorkerSpec
 
 _CONTEXT = 1024  # tokens that each sequence of the batch begins with
+_PROMPT = 2048
+_TURNS = 5  # with prompts
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     first, second = arguments.devices.split(",")
-    num_tokens = max(arguments.tokens)
+    num_tokens = max(arguments.tokens or [_PROMPT])
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as name:
         folder = Path(name)
         deployment = Deployment.model_validate(
@@ -57,7 +61,6 @@ def _measure(pair: Pair, num_sequences: int, num_tokens: int, seconds: float) ->
     context = min(_CONTEXT, num_tokens)
     batch = [pair.begin(context, max_tokens=1 << 14, whole=True) for _ in range(num_sequences)]
     pair.until(lambda: all(len(request.times) > 8 for request in batch))
-    alone = _steps(pair, batch, seconds)
     begun = [0]
     current: list[Request] = []
 
@@ -66,8 +69,13 @@ def _measure(pair: Pair, num_sequences: int, num_tokens: int, seconds: float) ->
             current[:] = [pair.begin(num_tokens)]
             begun[0] += 1
 
-    beside = _steps(pair, batch, seconds, next_prompt)
-    pair.until(lambda: current[0].finished)
+    turn = seconds / _TURNS
+    alone, beside = [_steps(pair, batch, turn)], []
+    for _ in range(_TURNS):
+        beside.append(_steps(pair, batch, turn, next_prompt))
+        pair.until(lambda: current[0].finished)
+        alone.append(_steps(pair, batch, turn))
+    growth = growths(alone, beside)
     for request in batch:
         pair.end(request)
     report = {
@@ -76,17 +84,26 @@ def _measure(pair: Pair, num_sequences: int, num_tokens: int, seconds: float) ->
         "prompt_tokens": num_tokens,
         "prompts": begun[0],
         "prompts_s": begun[0] / seconds,
-        "tpot_alone_ms": alone * 1000,
-        "tpot_beside_ms": beside * 1000,
-        "growth": beside / alone - 1,
+        "tpot_alone_ms": statistics.mean(alone) * 1000,
+        "tpot_beside_ms": statistics.mean(beside) * 1000,
+        "growth": statistics.median(growth),
+        "growths": growth,
     }
     print(
-        f"batch of {num_sequences}: {alone * 1000:.3f} ms a token alone, "
-        f"{beside * 1000:.3f} beside {begun[0]} prompts of {num_tokens} tokens by "
-        f"{done.medium}: {100 * (beside / alone - 1):+.1f}%",
+        f"batch of {num_sequences}: {report['tpot_alone_ms']:.3f} ms a token alone, "
+        f"{report['tpot_beside_ms']:.3f} beside {begun[0]} prompts of {num_tokens} tokens by "
+        f"{done.medium}: {100 * statistics.median(growth):+.1f}%",
         flush=True,
     )
     return report
+
+
+def growths(alone: Sequence[float], beside: Sequence[float]) -> list[float]:
+    """Of each turn with prompts against the mean of the turns before and after it."""
+    return [
+        with_prompts / ((before + after) / 2) - 1
+        for with_prompts, before, after in zip(beside, alone[:-1], alone[1:], strict=True)
+    ]
 
 
 def _steps(pair: Pair, batch: list[Request], seconds: float, between: Any = None) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.bench import transfer
+from pdserve.bench import transfer, transfer_batch
 
 
 def test_a_report(tmp_path: Path) -> None:
@@ -38,4 +38,11 @@ def test_what_arrives_beside_a_batch(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert (report["medium"], report["batch"]) == ("shm", 2)
     assert report["prompts"] > 0 and report["tpot_alone_ms"] > 0
-    assert report["growth"] == pytest.approx(report["tpot_beside_ms"] / report["tpot_alone_ms"] - 1)
+    assert len(report["growths"]) == 5 and report["growth"] in report["growths"]
+
+
+def test_growing_contexts_are_no_growth() -> None:
+    """Steps that lengthen evenly, whatever arrives: each turn beside its neighbours' mean."""
+    alone = [10.0, 12.0, 14.0]
+    assert transfer_batch.growths(alone, [11.0, 13.0]) == pytest.approx([0.0, 0.0])
+    assert transfer_batch.growths(alone, [12.1, 13.0]) == pytest.approx([0.1, 0.0])
