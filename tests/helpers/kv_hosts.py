@@ -89,10 +89,14 @@ class Host:
         self.endings: dict[Attempt, list[Ending]] = {}
         self.lost: list[SocketLost] = []
         self.time_shift = 0.0
+        self._closed = False
 
     def close(self) -> None:
-        self.kv.close()
-        self.pool.close()
+        """A second time it does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.kv.close()
+            self.pool.close()
 
     @property
     def address(self) -> PeerAddress:

@@ -195,6 +195,9 @@ class Net:
         self.failures: Counter[FailureKind] = Counter()
         self.lossy = 0.0  # the chance of a message between workers to vanish
         self.spies: list[Callable[[object], None]] = []  # see each message between workers
+        # after how many seconds each copy of a message arrives; it may come twice, or never
+        self.arrivals: Callable[[object], tuple[float, ...]] = lambda message: (0.0,)
+        self._late: list[tuple[float, tuple[str, ...], Action]] = []
         self.damaging = 0.0  # the chance of a chunk to come in damaged
         self._channels: dict[tuple[str, ...], deque[Action]] = {}
 
@@ -266,6 +269,7 @@ class Net:
         for channel, queue in self._channels.items():
             if name in channel:
                 queue.clear()
+        self._late = [late for late in self._late if name not in late[1]]
         for worker in self.workers.values():
             if worker.name != name:
                 self.do(worker, worker.core.peer_lost(old.ref, "it died", self.now))
@@ -379,19 +383,21 @@ class Net:
         other = self.workers[peer.worker_id]
         if other.ref.epoch != peer.epoch:
             return
-        if isinstance(peer, PeerAddress):
-            self._put(
-                (worker.name, "up", other.name),
-                lambda: self._at_receiver(other, worker.ref, message, frames),
-            )
-        else:
-            self._put(
-                (worker.name, "down", other.name),
-                lambda: self.do(
-                    other,
-                    other.core.sender_message(worker.ref, message, self.now),  # type: ignore[arg-type]
-                ),
-            )
+
+        def at_sender() -> None:
+            self.do(other, other.core.sender_message(worker.ref, message, self.now))  # type: ignore[arg-type]
+
+        def at_receiver() -> None:
+            self._at_receiver(other, worker.ref, message, frames)
+
+        up = isinstance(peer, PeerAddress)
+        channel = (worker.name, "up" if up else "down", other.name)
+        arrive: Action = at_receiver if up else at_sender
+        for delay in self.arrivals(message):
+            if delay:
+                self._late.append((self.now + delay, channel, arrive))
+            else:
+                self._put(channel, arrive)
 
     def _at_receiver(
         self, worker: Worker, peer: WorkerRef, message: object, frames: tuple[memoryview, ...]
@@ -433,6 +439,9 @@ class Net:
     def tick(self) -> None:
         self.now = self.next_tick
         self.next_tick += 0.25
+        for late in [late for late in self._late if late[0] <= self.now]:
+            self._late.remove(late)
+            self._put(late[1], late[2])
         for worker in self.workers.values():
             self.do(worker, worker.core.tick(self.now))
 
@@ -466,6 +475,7 @@ class Net:
         """Nothing is under way, nothing live, nothing held."""
         return (
             not any(self._channels.values())
+            and not self._late
             and all(request.done for request in self.requests.values())
             and all(
                 not worker.core.beat().live and not worker.steps and not worker.core.blocks.held

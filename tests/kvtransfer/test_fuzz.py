@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import msgpack
 import pytest
@@ -16,9 +17,34 @@ from hypothesis import strategies as st
 from kv_hosts import Host, drive, moved, readable
 from kv_parts import ADDRESS, SETTINGS, D, P, attempt, handshake, token_of
 
+from pdserve.core.codec import Codec
 from pdserve.core.errors import MalformedMessage
-from pdserve.core.ids import Medium, WorkerRef
-from pdserve.core.messages import Key, TokenItem
+from pdserve.core.ids import Medium, Role, Task, WorkerRef
+from pdserve.core.messages import (
+    TO_ROUTER,
+    TO_WORKER,
+    Abort,
+    AttemptFailed,
+    BlockCounts,
+    Bye,
+    Drain,
+    FailureKind,
+    Hello,
+    Key,
+    PeerLink,
+    Place,
+    Refused,
+    RouterBeat,
+    Started,
+    TokenBatch,
+    TokenItem,
+    ToRouter,
+    ToWorker,
+    TransferDone,
+    Welcome,
+    WorkerBeat,
+)
+from pdserve.core.params import SamplingParams
 from pdserve.kvtransfer.effects import Pull, Send, SendBlocks, Write
 from pdserve.kvtransfer.handshake import Handshake
 from pdserve.kvtransfer.media.inproc import InprocNetwork
@@ -67,6 +93,35 @@ HONEST_TO_SENDER: list[ToSender] = [
 ]
 
 
+HONEST_TO_ROUTER: list[ToRouter] = [
+    Hello(
+        version=1,
+        role=Role.DECODE,
+        pid=7,
+        address=ADDRESS,
+        fingerprint="f" * 64,
+        blocks=BlockCounts(9, 3, 3, 3),
+        block_size=16,
+        max_context=4096,
+        max_batch=8,
+    ),
+    WorkerBeat(BlockCounts(9, 3, 3, 3), 1, 2, (Key.of(A),), (PeerLink("d", Medium.SHM),)),
+    Started(Key.of(A), 16),
+    TokenBatch((token_of(A), token_of(attempt(2)))),
+    TransferDone(Key.of(A), "d", Medium.SHM, 1 << 30, 0.5, 0.25, 0.125),
+    AttemptFailed(Key.of(A), FailureKind.PEER_LOST, "it is gone"),
+    Bye(),
+]
+HONEST_TO_WORKER: list[ToWorker] = [
+    Welcome(7),
+    Refused("another model"),
+    Place(Key.of(A), Task.PREFILL, (1, 2, 3), (4,), SamplingParams(max_tokens=8), ADDRESS),
+    Abort(Key.of(A)),
+    RouterBeat((Key.of(A), Key.of(attempt(2)))),
+    Drain(),
+]
+
+
 def mutated(random: Random, data: bytes) -> bytes:
     """One of the ways in which bytes go wrong, or are made to."""
     at = random.randrange(len(data))
@@ -106,22 +161,35 @@ def test_random_bytes_are_malformed(data: bytes) -> None:
             codec.decode(data)
 
 
-def test_mutated_messages_are_malformed_or_another_message() -> None:
+TRIES = 12_000  # of each codec, so about 100,000 messages with what comes below
+
+
+@pytest.mark.parametrize(
+    ("codec", "honest"),
+    [
+        (TO_RECEIVER, [TO_RECEIVER.encode(message) for message in HONEST_TO_RECEIVER]),
+        (TO_SENDER, [TO_SENDER.encode(message) for message in HONEST_TO_SENDER]),
+        (TO_ROUTER, [TO_ROUTER.encode(message) for message in HONEST_TO_ROUTER]),
+        (TO_WORKER, [TO_WORKER.encode(message) for message in HONEST_TO_WORKER]),
+    ],
+    ids=["to receiver", "to sender", "to router", "to worker"],
+)
+def test_mutated_messages_are_malformed_or_another_message(
+    codec: Codec[Any], honest: list[bytes]
+) -> None:
+    """On every socket that there is, control included."""
     random = Random(5)
-    honest = [TO_RECEIVER.encode(message) for message in HONEST_TO_RECEIVER]
-    honest += [TO_SENDER.encode(message) for message in HONEST_TO_SENDER]
     num_malformed = 0
-    for _ in range(4000):
+    for _ in range(TRIES):
         data = mutated(random, random.choice(honest))
-        for decode in (TO_RECEIVER.decode, TO_SENDER.decode):
-            try:
-                message = decode(data)
-            except MalformedMessage as error:
-                num_malformed += 1
-                assert str(error)
-            else:
-                assert isinstance(message, ToReceiver | ToSender)
-    assert num_malformed > 4000
+        try:
+            message = codec.decode(data)
+        except MalformedMessage as error:
+            num_malformed += 1
+            assert str(error)
+        else:
+            codec.decode(codec.encode(message))  # it is one of ours, and within its bounds
+    assert num_malformed > TRIES // 2
 
 
 # messages that are well formed, and lie
@@ -161,7 +229,7 @@ any_to_sender = st.one_of(
 frame_sizes = st.lists(st.sampled_from([0, 15, 16, 16, 16, 17]), max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     said=st.lists(st.tuples(st.sampled_from([P, OTHER]), any_to_receiver, frame_sizes), max_size=40)
 )
@@ -196,7 +264,7 @@ def test_a_lying_sender_writes_nothing_but_what_it_was_granted(
                 assert effect.peer in (P, OTHER)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(said=st.lists(any_to_sender, max_size=40))
 def test_a_lying_receiver_gets_nothing_but_what_was_offered(said: Sequence[ToSender]) -> None:
     sender = Sender(SETTINGS, handshake(P, "secret-of-p"))
@@ -250,12 +318,12 @@ def test_garbage_at_the_sockets_while_an_honest_peer_works() -> None:
             dealer.connect(d.address.endpoint)
             liar = Handshake(WorkerRef(f"liar-{name}", 1), "", "model-1", d.pool.layout)
             dealers.append((dealer, liar.connect(d.address)))
-        for number in range(40):
+        for number in range(60):
             which = attempt(number)
             p.fill(12, seed=number)
             d.expect(which, p.ref, 12)
             p.start(which, d.address, 12)
-            for _ in range(100):
+            for _ in range(150):
                 dealer, connect = random.choice(dealers)
                 with contextlib.suppress(zmq.Again):
                     dealer.send_multipart(garbage(random, connect), zmq.NOBLOCK)
