@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from router_net import MODEL, run, split
 
+import pdserve
 from pdserve.core.errors import ConfigError
 from pdserve.router.timeline import Stage
 from pdserve.router.tracing import Spans
@@ -87,6 +91,19 @@ def test_a_span_for_a_request_and_one_for_each_of_its_stages() -> None:
         "disaggregated",
         "prefill-0",
     )
+
+
+def test_off_it_is_not_even_imported() -> None:
+    code = "import sys, pdserve.router.process; print('opentelemetry' in sys.modules)"
+    path = str(Path(pdserve.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_no_collector_is_no_harm() -> None:
