@@ -63,6 +63,10 @@ _EXAMPLES = {
   pdserve simulate configs/two-gpu.yaml --trace azure-code.csv.gz --rate 12 --capacity
   pdserve simulate deployment.yaml --trace mooncake.jsonl --rate 2 --set pools.decode.workers=3""",
     "bench": """
+  pdserve bench serve --workload chat --rate 4
+  pdserve bench goodput --workload 2048/256 --slo 200/15
+  pdserve bench compare a.yaml b.yaml --workload chat --out results
+  pdserve bench report results
   pdserve bench engine --help""",
 }
 
@@ -173,8 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     _takes_file(simulated)
     add_simulation_options(simulated)
 
-    bench = command("bench", _bench, "measure: see `pdserve bench engine --help`, or transfer")
-    bench.add_argument("what", choices=["engine", "transfer", "router"])
+    bench = command("bench", _bench, "measure: see `pdserve bench serve --help`")
+    kinds = ["serve", "goodput", "compare", "report", "engine", "transfer", "router"]
+    bench.add_argument("what", choices=kinds)
     bench.add_argument("options", nargs=argparse.REMAINDER)
 
     completion = command("completion", _completion, "print what makes a shell complete pdserve")
@@ -384,9 +389,13 @@ def _bench(arguments: argparse.Namespace) -> int:
         from .bench import router
 
         return router.main(arguments.options)
-    from .bench import engine
+    if arguments.what == "engine":
+        from .bench import engine
 
-    return engine.main(arguments.options)
+        return engine.main(arguments.options)
+    from .bench.slo import commands
+
+    return commands.main(arguments.what, arguments.options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What clients see of a server under load, and whether it meets its objectives."""

@@ -1,0 +1,144 @@
+"""Capacity of a server under a workload, for each pair of objectives, from as few runs as can be.
+
+The loosest objectives are searched first; every run serves all of them. A run is given up once
+its own objectives are out of reach, and then answers for those that are no looser.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from ...core.errors import PdserveError
+from . import live
+from .folder import Folder
+from .measures import Objectives
+from .report import Cell, cells
+from .runs import LoadSpec, Run, perform
+from .search import Settings, next_rate
+from .servers import Server, settle
+
+_RETRIES = 2  # of a rate at which the client lagged
+_DRAIN_S = 10.0  # that a run may take beyond its arrivals, for the budget's sake
+
+
+class OutOfTime(Exception):
+    """The budget of this call has no room for the next run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Until when (monotonic seconds) this call may start runs; None: without end."""
+
+    until: float | None = None
+
+    @staticmethod
+    def of(seconds: float | None) -> Budget:
+        return Budget(None if seconds is None else time.monotonic() + seconds)
+
+    def require(self, seconds: float) -> None:
+        """Raises OutOfTime where so much is not left."""
+        if self.until is not None and time.monotonic() + seconds > self.until:
+            raise OutOfTime
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Of one server; its runs go to the folder and are taken from there."""
+
+    folder: Folder
+    server: Server
+    objectives: tuple[Objectives, ...]
+    budget: Budget
+    api_key: str | None = None
+    round: int = 0
+
+    def run(self, load: LoadSpec, settings: Settings) -> None:
+        """Until every pair of objectives has its answer. Raises OutOfTime."""
+        lagged: dict[float, int] = {}
+        while (following := self.following(load, settings)) is not None:
+            rate, objectives = following
+            done = self._measure(replace(load, rate=rate), objectives, settings.target)
+            if done.fault is not None:
+                lagged[rate] = lagged.get(rate, 0) + 1
+                if lagged[rate] > _RETRIES:
+                    raise PdserveError(
+                        f"{self.server.name} at {rate:.3g}/s: {done.fault}, {_RETRIES + 1} times; "
+                        "give the client a core of its own, or more of them (--clients)"
+                    )
+
+    def following(self, load: LoadSpec, settings: Settings) -> tuple[float, Objectives] | None:
+        """The next rate, and for whose sake; None when all is known."""
+        cell = self._cell(load)
+        for objectives in sorted(self.objectives, reverse=True):
+            points = cell.points(objectives, self.round) if cell is not None else {}
+            rate = next_rate(points, settings)
+            if rate is not None:
+                return rate, objectives
+        return None
+
+    def _cell(self, load: LoadSpec) -> Cell | None:
+        for cell in cells(self.folder.runs()):
+            if (cell.server, cell.workload) == (self.server.name, load.workload):
+                return cell
+        return None
+
+    def _measure(self, load: LoadSpec, objectives: Objectives, target: float) -> Run:
+        return measure(
+            self.folder,
+            self.server,
+            load,
+            self.budget,
+            objectives=objectives,
+            target=target,
+            api_key=self.api_key,
+            round_number=self.round,
+        )
+
+
+def measure(
+    folder: Folder,
+    server: Server,
+    load: LoadSpec,
+    budget: Budget,
+    *,
+    objectives: Objectives | None = None,
+    target: float = 0.9,
+    api_key: str | None = None,
+    round_number: int = 0,
+) -> Run:
+    """One run, shown while it goes on, and kept."""
+    settle(server)
+    budget.require(load.duration_s + _DRAIN_S)
+    title = f"{server.name} {load.workload} {pace(load)}"
+    with live.watched(title, load.duration_s) as watch:
+        run = perform(
+            server,
+            load,
+            api_key=api_key,
+            objectives=objectives,
+            target=target,
+            round_number=round_number,
+            watch=watch,
+        )
+    folder.keep(run)
+    live.tell(f"{title}: {told(run, objectives)}")
+    return run
+
+
+def pace(load: LoadSpec) -> str:
+    if load.concurrency is not None:
+        return f"{load.concurrency} at once"
+    return f"{load.rate:.3g}/s" if load.rate is not None else f"x{load.time_scale:g}"
+
+
+def told(run: Run, objectives: Objectives | None) -> str:
+    """A run in a line."""
+    if run.fault is not None:
+        return f"INVALID: {run.fault}"
+    if run.gave_up is not None:
+        return f"given up: too many miss {run.gave_up}"
+    failed = sum(record.failure is not None for record in run.counted())
+    share = run.attained(objectives) if objectives is not None else None
+    words = f"{100 * share:.0f}% within {objectives}; " if share is not None else ""
+    return f"{words}{len(run.counted())} requests, {failed} failed"
