@@ -25,7 +25,6 @@ from ...core.errors import PdserveError
 from ...core.orphans import die_with_parent
 from .load import Load, Orders, Outcome, Progress
 from .records import ClientHealth
-from .servers import python_path
 
 _START_LIMIT_S = 60.0
 _LEAD_S = 0.2  # from the last one's ready to the start
@@ -52,7 +51,6 @@ class _Client:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": python_path()},
             )
         return _Client(process, Connection(ours.detach()))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import re
 import selectors
 import signal
@@ -17,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-
-import pdserve
 
 from ...core import config
 from ...core.errors import ConfigError, PdserveError, StartupError
@@ -111,7 +108,6 @@ def running(
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pdserve.cli", "serve", str(file), "--port", "0"],
-            env=os.environ | {"PYTHONPATH": python_path()},
             stdout=subprocess.PIPE,
             stderr=out,
         )
@@ -121,12 +117,6 @@ def running(
             yield replace(server, deployment=deployment.model_dump(mode="json"))
         finally:
             _stop(process)
-
-
-def python_path() -> str:
-    """Where this very package is found, whether it is installed or run from a checkout."""
-    package = Path(pdserve.__file__).parent.parent  # of the links, not of what they point to
-    return os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
 
 
 def _ready(process: subprocess.Popen[bytes], file: Path, log: Path, limit_s: float) -> str:
