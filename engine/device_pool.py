@@ -26,6 +26,7 @@ from .cuda_driver import CudaDriver, DriverError, Opened
 log = logging.getLogger(__name__)
 
 _NONCE = 16  # bytes
+_STAGING, _STAGING_BYTES = 16, 4 << 20  # buffers of a chunk each, made at the start
 MAX_COPIES = 8  # runs of blocks that are copied one by one; what is more scattered, by a kernel
 
 
@@ -119,7 +120,8 @@ class CudaKvPool:
     """``core.plan.KvPool`` in device memory. Everything moves on streams beside the steps.
 
     Callers are threads with no current device of their own. Pinned buffers come from torch's
-    caching allocator, so that one is used again when the last view of it is gone.
+    caching allocator, so that one is used again when the last view of it is gone: ZeroMQ has
+    sent it, or it has been copied to the device.
     """
 
     def __init__(
@@ -153,6 +155,11 @@ class CudaKvPool:
                 self._warm_up()
             except (DriverError, OutOfMemory) as error:
                 log.warning("KV blocks will be sent, not shared: %s", error)
+        # torch keeps what is pinned, and hands it out again: while steps run none is made
+        staging = [
+            torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_STAGING)
+        ]
+        del staging
         torch.cuda.synchronize(device)  # zeroed and marked before another stream looks
 
     def _warm_up(self) -> None:

@@ -30,7 +30,7 @@ class TransferSettings:
     resend_s: float = 1.0
     max_resends: int = 6
     max_write_failures: int = 3  # blocks that came in damaged, before the link is given up
-    window_bytes: int = 32 << 20  # unacknowledged, to one peer
+    window_bytes: int = 32 << 20  # unacknowledged, to one peer: what may lie in D's queues
     chunk_bytes: int = 4 << 20  # in one message
     offer_window_bytes: int = 1 << 30  # by reference: nothing of it lies in a queue
     offer_bytes: int = 128 << 20

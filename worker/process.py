@@ -49,6 +49,7 @@ from .warmup import CPU_LIMIT_S, LIMIT_S, measure
 log = logging.getLogger(__name__)
 
 _SIMULATED_BLOCKS = 4096  # where kv.memory is not a size
+_WINDOW_BYTES = 32 << 20  # on its way to one peer, and as much again for each stream
 _UNMAP_PATIENCE_S = 5.0  # for peers to let go of what a worker that has died had shared
 
 
@@ -148,7 +149,10 @@ class _Life:
             engine.kv.exports,
         )
         settings = TransferSettings(
-            layout.block_size, layout.block_bytes, lease_s=deployment.kv_transfer.lease_s
+            layout.block_size,
+            layout.block_bytes,
+            lease_s=deployment.kv_transfer.lease_s,
+            window_bytes=_WINDOW_BYTES * (1 + deployment.kv_transfer.streams),
         )
         self._core = WorkerCore(
             post.role,
