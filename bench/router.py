@@ -195,7 +195,12 @@ def _router(interval_s: float) -> Iterator[tuple[int, int]]:
         {
             "model": {"path": "smollm2", "name": "bench", "max_context": 8192},
             "pools": {"mixed": {"workers": _STREAM_WORKERS}},
-            "router": {"port": 0, "max_queue": 1 << 16, "request_timeout_s": 3600.0},
+            "router": {
+                "port": 0,
+                "max_queue": 1 << 16,
+                "max_connections": 16384,
+                "request_timeout_s": 3600.0,
+            },
             "engine": "simulated",
         }
     )
