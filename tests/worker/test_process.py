@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,10 +71,18 @@ class Workers:
     def start(self, role: Role) -> str:
         name = f"{role}-0"
         arguments = ("worker", str(self._file), "--role", role.value, "--id", name)
-        self.processes[name] = subprocess.Popen(
-            command(*arguments, "--join", self._endpoint, "--card", str(self._card)),
-            env=environment(),
+        return self._start(
+            name, command(*arguments, "--join", self._endpoint, "--card", str(self._card))
         )
+
+    def start_hanging(self, gate: Path) -> str:
+        """One whose steps hang while that file is there."""
+        arguments = (self._file, self._card, "hanging-0", self._endpoint, gate)
+        program = Path(__file__).parents[1] / "helpers" / "hanging_worker.py"
+        return self._start("hanging-0", [sys.executable, str(program), *map(str, arguments)])
+
+    def _start(self, name: str, program: list[str]) -> str:
+        self.processes[name] = subprocess.Popen(program, env=environment())
         self.live[name] = []
         self.until(lambda who, message: who == name and isinstance(message, Hello))
         return name
@@ -102,6 +111,13 @@ class Workers:
             self.tell(name, RouterBeat(tuple(self.live[name])))
             self.links[name] = message.links
         return name, message
+
+    def until_silent(self, silence_s: float) -> None:
+        """Hears messages until there are none for so long."""
+        end = time.monotonic() + LIMIT_S
+        while self._socket.poll(int(silence_s * 1000)):
+            assert time.monotonic() < end, "it speaks on"
+            self.hear()
 
     def until(self, wanted: Callable[[str, ToRouter], bool]) -> None:
         """Hears messages until one is wanted."""
@@ -272,3 +288,18 @@ def test_stopped_and_continued_it_still_answers(workers: Workers) -> None:
     workers.tell(name, Abort(key()))
     os.kill(workers.processes[name].pid, signal.SIGCONT)
     assert list(workers.answer(whole).values()) == expected(place)
+
+
+def test_a_worker_whose_step_hangs_falls_silent_until_it_goes_on(
+    workers: Workers, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    name = workers.start_hanging(gate)
+    workers.at_rest(name)
+    gate.touch()
+    whole = key()
+    place = workers.place(name, Task.WHOLE, whole, 50, None)
+    workers.until_silent(1.5)  # three beats
+    gate.unlink()
+    tokens = workers.answer(whole)
+    assert [tokens[index] for index in sorted(tokens)] == expected(place)
