@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     add_simulation_options(simulated)
 
     bench = command("bench", _bench, "measure: see `pdserve bench serve --help`")
-    kinds = ["serve", "goodput", "compare", "report", "engine", "transfer", "router"]
+    kinds = ["serve", "goodput", "compare", "report", "engine", "transfer", "router", "policies"]
     bench.add_argument("what", choices=kinds)
     bench.add_argument("options", nargs=argparse.REMAINDER)
 
@@ -381,6 +381,10 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.what == "policies":
+        from .bench import policies
+
+        return policies.main(arguments.options)
     if arguments.what == "transfer":
         from .bench import transfer
 

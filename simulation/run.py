@@ -26,6 +26,7 @@ class Fleet:
     admission: Admission
     spec: WorkerSpec
     prefix_aware: bool = True
+    planned: bool = False  # the planner moves workers between roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Outcome:
     span_s: float  # from the first arrival that counts to the last
     end_s: float  # when the last request was over
     cut: bool = False
+    moves: int = 0  # of workers between roles
 
     @property
     def goodput(self) -> float:
@@ -70,6 +72,9 @@ def simulate(
         for i, role in enumerate(fleet.roles)
     ]
     router.join(workers)
+    if fleet.planned:
+        for second in range(1, int(load[-1].time)):
+            events.at(float(second), router.plan)
     warm_up = int(len(load) * _WARM_UP)
     may_miss = (1.0 - give_up_below) * (len(load) - warm_up)
     now, position, cut = 0.0, 0, False
@@ -106,4 +111,5 @@ def simulate(
         span,
         now,
         cut,
+        router.moves,
     )

@@ -9,7 +9,9 @@ from ..core.ids import Attempt, WorkerRef
 from ..core.lengths import AnswerLengths
 from ..router.admission import admit
 from ..router.loads import Loads
+from ..router.planner import Planner, decode_demand
 from ..router.policy import decide
+from ..router.roles import Holder
 from ..router.snapshot import Objectives, Snapshot, Wish, WorkerView
 from .virtual_worker import Served, VirtualWorker
 from .workload import Arrival
@@ -29,6 +31,9 @@ class VirtualRouter:
         self.served: list[Served] = []
         self.missed = 0  # refused, or over and not good
         self.ended_count = 0
+        self.moves = 0
+        self._planner = Planner()
+        self._placed_ms = 0.0  # since the planner looked last
         self._places: dict[str, tuple[VirtualWorker, VirtualWorker]] = {}
 
     def join(self, workers: Sequence[VirtualWorker]) -> None:
@@ -59,6 +64,8 @@ class VirtualRouter:
             self.missed += 1
             self.ended_count += 1
             return served
+        if placement.forecast is not None:
+            self._placed_ms += placement.forecast.work_ms
         due = now + arrival.ttft_ms / 1e3
         self._loads.placed(request_id, placement, arrival.prompt, growth, arrival.tpot_ms, due)
         prefill, decode = self._workers[placement.prefill], self._workers[placement.decode]
@@ -70,6 +77,21 @@ class VirtualRouter:
             decode.expect(served, prefill)
             prefill.take(served, decode, now)
         return served
+
+    def plan(self, now: float) -> None:
+        """The planner looks; a worker in another role keeps what it has and gets other work."""
+        holders = [
+            Holder(ref.worker_id, worker.role, self._loads[ref].num_requests)
+            for ref, worker in self._workers.items()
+        ]
+        decode = decode_demand(self._snapshot)
+        move = self._planner.look(now, self._placed_ms, decode, holders)
+        self._placed_ms = 0.0
+        if move is not None:
+            worker = self._workers[WorkerRef(move.worker_id, 1)]
+            worker.role = move.after
+            self.moves += 1
+            self._refresh(worker)
 
     # what workers say
 

@@ -136,10 +136,20 @@ def test_steps_slower_than_believed_are_learned() -> None:
 def test_the_adaptive_policy_is_no_worse_than_the_static_ones() -> None:
     """The table in small."""
     spec = WorkerSpec(EIGHT_B_ON_H200, 880_000 // 64, 64)
-    for cell in (Cell("code", 500.0, 30.0, 2, 250), Cell("code", 200.0, 10.0, 2, 250)):
+    for cell in (Cell("code", 200.0, 10.0, 2, 250),):
         row = run_cell(cell, spec, None, ours=False, chunks=(512,))
         assert row.ratio >= 0.98, row
         assert cell.workload in table([row])
+
+
+def test_the_planner_turns_a_wrong_split_into_a_right_one() -> None:
+    """Long prompts and short answers, and one worker of four to read them."""
+    split = fleet(P, D, D, D, policy=Policy.DISAGGREGATED)
+    prompts = load(40.0, count=2400, prompt=1500, output=16)
+    fixed, planned = (simulate(replace(split, planned=on), prompts) for on in (False, True))
+    assert fixed.attainment < 0.2 and fixed.moves == 0
+    assert planned.attainment > 0.7 and 1 <= planned.moves <= 3
+    assert all(served.last is not None for served in planned.served)
 
 
 def test_capacity_is_where_nine_in_ten_are_in_time() -> None:

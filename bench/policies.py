@@ -1,0 +1,200 @@
+"""``pdserve bench policies``: the adaptive policy against static ones, in virtual time.
+
+table      capacity at 90% over workloads, objectives and fleets (see ``simulation.compare``)
+prefix     mean TTFT on a trace with named blocks: placed by them, or least loaded
+forecast   how far off the TTFT forecasts are under Poisson load
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..core.config import Admission, Policy
+from ..core.errors import ConfigError
+from ..core.ids import Role
+from ..simulation.capacity import find
+from ..simulation.compare import (
+    OBJECTIVES,
+    SYNTHETIC,
+    TRACES,
+    Cell,
+    Row,
+    adaptive,
+    as_json,
+    eight_b_on_h200,
+    guess_of,
+    load_of,
+    progress,
+    run,
+    table,
+)
+from ..simulation.run import Fleet, Outcome, simulate
+from ..simulation.workload import Length, arrivals, read_trace, rescaled
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _options(arguments)
+    if options.requests < 100:
+        raise ConfigError("--requests must be at least 100")
+    match options.what:
+        case "table":
+            result = _table(options)
+        case "prefix":
+            result = _prefix(options)
+        case _:
+            result = _forecast(options)
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pdserve bench policies",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("what", choices=["table", "prefix", "forecast"])
+    add("--traces", type=Path, metavar="DIR", help="a folder with the public traces")
+    add("--gpus", default="2", metavar="N,N", help="fleets, such as 2,4,8; default 2")
+    add("--workloads", metavar="A,B", help=f"default: {', '.join([*SYNTHETIC, *TRACES])}")
+    add("--objectives", metavar="T/P,..", help="TTFT/TPOT ms; default: the four of the docs")
+    add("--requests", type=int, default=3000, metavar="N", help="of a run, at least; default 3000")
+    add("--seed", type=int, default=1, metavar="N")
+    add("--slowdown", type=float, default=1.0, metavar="F", help="steps take F times their cost")
+    add("--jitter", type=float, default=0.0, metavar="F", help="relative deviation of a step")
+    add("--rate", type=float, default=7.0, metavar="R", help="prefix: requests a second")
+    add("--no-own", action="store_true", help="table: no column with our own admission")
+    add("--processes", type=int, default=2, metavar="N", help="default 2")
+    add("--out", type=Path, metavar="JSON")
+    return parser.parse_args(arguments)
+
+
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    names = options.workloads.split(",") if options.workloads else [*SYNTHETIC, *TRACES]
+    unknown = [name for name in names if name not in {*SYNTHETIC, *TRACES}]
+    if unknown:
+        raise ConfigError(f"--workloads: no {unknown[0]}; allowed: {[*SYNTHETIC, *TRACES]}")
+    missing = [name for name in names if name in TRACES and options.traces is None]
+    if missing:
+        raise ConfigError(f"--workloads: {missing[0]} needs --traces DIR")
+    try:
+        fleets = [int(text) for text in options.gpus.split(",")]
+        objectives = (
+            [
+                (float(ttft), float(tpot))
+                for ttft, tpot in (pair.split("/") for pair in options.objectives.split(","))
+            ]
+            if options.objectives
+            else list(OBJECTIVES)
+        )
+    except ValueError as error:
+        raise ConfigError(f"--gpus, --objectives: {error}") from error
+    return [
+        Cell(name, ttft, tpot, gpus, options.requests, options.seed)
+        for gpus in fleets
+        for name in names
+        for ttft, tpot in objectives
+    ]
+
+
+def _table(options: argparse.Namespace) -> dict[str, Any]:
+    spec = replace(eight_b_on_h200(), slowdown=options.slowdown, jitter=options.jitter)
+    cells, rows = _cells(options), list[Row]()
+
+    def each(row: Row) -> None:
+        progress(row)
+        rows.append(row)
+        if options.out is not None:  # what is there survives an interruption
+            done = sorted(rows, key=lambda one: cells.index(one.cell))
+            options.out.write_text(json.dumps(as_json(done, spec), indent=1) + "\n")
+
+    found = run(cells, spec, options.traces, options.processes, ours=not options.no_own, each=each)
+    print(table(found))
+    return as_json(found, spec)
+
+
+def _prefix(options: argparse.Namespace) -> dict[str, Any]:
+    """Half of eight workers in each pool; the trace's own bursts at ``--rate``."""
+    if options.traces is None:
+        raise ConfigError("prefix needs --traces DIR")
+    rows = read_trace(options.traces / TRACES["mooncake"])[: options.requests]
+    spec = replace(eight_b_on_h200(), prefix_cache=True)
+    static = replace(spec, paced=False, demote=False)
+    roles = (Role.PREFILL,) * 4 + (Role.DECODE,) * 4
+    load = arrivals(rescaled(rows, options.rate, len(rows)), 1e9, 100.0, spec.block_size)
+    split, own = Policy.DISAGGREGATED, Policy.ADAPTIVE
+    fleets = [
+        Fleet("least loaded", roles, split, Admission.OPEN, static, prefix_aware=False),
+        Fleet("least loaded, less what is cached", roles, split, Admission.OPEN, static),
+        Fleet("adaptive, blind to prefixes", roles, own, Admission.OPEN, spec, prefix_aware=False),
+        Fleet("adaptive", roles, own, Admission.OPEN, spec),
+    ]
+    found = {fleet.name: _of_prefixes(simulate(fleet, load, options.seed)) for fleet in fleets}
+    result = {
+        "rate": options.rate,
+        "requests": len(rows),
+        "unbounded_cache_hit_rate": _unbounded(rows),
+        "policies": found,
+    }
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def _of_prefixes(outcome: Outcome) -> dict[str, Any]:
+    ttft = [one.ttft_ms for one in outcome.served]
+    cached = sum(one.num_cached_tokens for one in outcome.served)
+    return {
+        "mean_ttft_ms": round(statistics.fmean(ttft), 1),
+        "median_ttft_ms": round(statistics.median(ttft), 1),
+        "hit_rate": round(cached / sum(one.arrival.prompt for one in outcome.served), 4),
+        "prefill_share_of_time": [
+            round(usage.prefill_s / outcome.end_s, 3) for usage in outcome.usage
+        ],
+    }
+
+
+def _unbounded(rows: Sequence[Length]) -> float:
+    """The share of tokens that one cache without a bound would have held."""
+    seen: set[int] = set()
+    hit = 0
+    for row in rows:
+        known = 0
+        for name in row.hash_ids:
+            if name not in seen:
+                break
+            known += 1
+        seen.update(row.hash_ids)
+        hit += min(known * 512, row.prompt - 1)
+    return round(hit / sum(row.prompt for row in rows), 4)
+
+
+def _forecast(options: argparse.Namespace) -> dict[str, Any]:
+    """At 70% of a mean request's share of the fleet, steps with ``--jitter`` and ``--slowdown``."""
+    spec = replace(eight_b_on_h200(), slowdown=options.slowdown, jitter=options.jitter)
+    result: dict[str, Any] = {}
+    for cell in _cells(options):
+        at, fleet = load_of(cell, options.traces), adaptive(cell.gpus, spec)
+        guess = guess_of(cell, spec, options.traces)
+        capacity = find(fleet, at, guess, least=guess / 64, seed=cell.seed).rate
+        if not capacity:
+            continue
+        outcome = simulate(fleet, at(0.7 * capacity), cell.seed)
+        errors = sorted(
+            abs(one.ttft_forecast_ms / one.ttft_ms - 1.0)
+            for one in outcome.served
+            if one.ttft_forecast_ms is not None and not one.refused
+        )
+        median, most = errors[len(errors) // 2], errors[int(0.95 * len(errors))]
+        result[cell.label] = {"median": round(median, 3), "p95": round(most, 3)}
+        print(f"{cell.label}: median {median:.1%}, p95 {most:.1%}", file=sys.stderr, flush=True)
+    print(json.dumps(result, indent=1))
+    return result

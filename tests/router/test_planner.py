@@ -1,0 +1,88 @@
+"""Who changes roles, by what the two phases ask for."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from pdserve.core.cost import DecodeCost, PrefillCost, StepCost
+from pdserve.core.ids import Role, WorkerRef
+from pdserve.router.planner import COOL_S, SETTLED_S, Planner, decode_demand
+from pdserve.router.roles import Holder, Move
+from pdserve.router.snapshot import Snapshot, WorkerView
+
+P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
+
+
+def holders(*roles: Role) -> list[Holder]:
+    return [Holder(f"w{i}", role, num_requests=9 - i, native=role) for i, role in enumerate(roles)]
+
+
+def moves(
+    planner: Planner,
+    workers: list[Holder],
+    prefill: float,
+    decode: float,
+    seconds: int,
+    at: int = 0,
+) -> list[tuple[int, Move]]:
+    """A look a second; each move is made at once."""
+    found = []
+    for second in range(at, at + seconds):
+        move = planner.look(float(second), prefill * 1e3, decode, workers)
+        if move is not None:
+            found.append((second, move))
+            for i, one in enumerate(workers):
+                if one.worker_id == move.worker_id:
+                    workers[i] = replace(one, role=move.after)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("roles", "prefill", "decode", "expected"),
+    [
+        ((P, D, D, D), 1.8, 0.6, ["w3", "w2"]),  # the least busy of those that decode
+        ((P, P, P, D), 0.5, 0.9, ["w2"]),
+        ((P, D, D, D), 0.5, 1.5, []),  # even
+        ((P, D, D, D), 0.9, 1.9, []),  # no division is better by enough
+        ((P, D), 3.0, 0.1, []),  # somebody must decode
+        ((P, P, D, D, D, D, D, D), 6.0, 2.0, ["w7", "w6", "w5", "w4"]),
+        ((M, M, M), 3.0, 0.1, []),
+        ((P, D, D, M), 1.8, 0.2, ["w2"]),
+    ],
+)
+def test_workers_go_where_the_load_is(
+    roles: tuple[Role, ...], prefill: float, decode: float, expected: list[str]
+) -> None:
+    found = moves(Planner(), holders(*roles), prefill, decode, 120)
+    assert [move.worker_id for _, move in found] == expected
+    times = [second for second, _ in found]
+    assert all(later - earlier >= COOL_S for earlier, later in itertools.pairwise(times))
+    assert not times or times[0] >= SETTLED_S
+
+
+def test_a_load_that_swings_moves_nobody() -> None:
+    planner, workers = Planner(), holders(P, P, D, D)
+    found = []
+    for at in range(0, 120, 4):
+        heavy = at % 8 == 0
+        found += moves(planner, workers, 2.2 if heavy else 0.8, 0.8 if heavy else 2.2, 4, at)
+    assert found == []
+
+
+def test_who_was_started_in_a_role_goes_back_to_it_first() -> None:
+    planner, workers = Planner(), holders(P, D, D, D)
+    assert [move.worker_id for _, move in moves(planner, workers, 2.4, 0.4, 40)] == ["w3", "w2"]
+    back = moves(planner, workers, 0.3, 2.4, 60, 40)
+    assert [(move.worker_id, move.after) for _, move in back] == [("w3", D), ("w2", D)]
+
+
+def test_decode_asks_for_what_its_steps_fill_of_the_objective() -> None:
+    cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
+    idle = WorkerView(WorkerRef("d0", 1), D, 9999, 99999, cost=cost)
+    busy = replace(idle, ref=WorkerRef("d1", 1), batch=100, kv_tokens=100_000, tpot_ms=20.0)
+    assert decode_demand(Snapshot([idle])) == 0.0
+    assert decode_demand(Snapshot([idle, busy])) == pytest.approx(7.0 / 19.0)
+    assert decode_demand(Snapshot([replace(busy, cost=None)])) == 0.0
