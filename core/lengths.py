@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 _MEMORY = 256.0  # answers; older ones fade
 _PRIOR_TOKENS = 256.0  # until the first has ended
 _PRIOR_ANSWERS = 4.0  # how many answers that guess counts for
+_SHORT = 0.1
+_EVERY = 16  # answers; so often the short ones are looked for anew
 
 
 @dataclass(slots=True)
 class AnswerLengths:
-    """Fading sums of the lengths and of their squares."""
+    """Fading sums of the lengths and of their squares, and the latest of them.
+
+    ``short`` is a length that nine in ten exceed.
+    """
 
     _count: float = _PRIOR_ANSWERS
     _sum: float = _PRIOR_ANSWERS * _PRIOR_TOKENS
     _squares: float = _PRIOR_ANSWERS * _PRIOR_TOKENS**2
+    _latest: deque[int] = field(default_factory=lambda: deque(maxlen=int(_MEMORY)))
+    _num_ended: int = 0
+    short: float = _PRIOR_TOKENS / 2
 
     def ended(self, num_tokens: int) -> None:
         keep = 1.0 - 1.0 / _MEMORY
         self._count = self._count * keep + 1.0
         self._sum = self._sum * keep + num_tokens
         self._squares = self._squares * keep + num_tokens**2
+        self._latest.append(num_tokens)
+        self._num_ended += 1
+        if self._num_ended % _EVERY == 0:
+            self.short = float(sorted(self._latest)[int(_SHORT * len(self._latest))])
 
     @property
     def mean(self) -> float:

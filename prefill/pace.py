@@ -3,9 +3,10 @@
 Every stream of the batch is due a token each ``tpot`` after its first. Steps without a
 chunk are faster than that, so streams get ahead of their due times, and a chunk may spend
 what the one that is least ahead has: the step must end before that one's next token is due.
-Beside it each stream has a *credit*, a share of what its whole answer may take, by which it
-may fall behind: a stream that has just begun is not ahead of anything, and would forbid any
-chunk at all.
+Beside it each stream has a *credit* by which it may fall behind: a stream that has just begun is
+not ahead of anything, and would forbid any chunk at all. The due times keep to 0.95 of the
+objective, so an answer of n tokens can make up for 0.05 n of them; the credit is what even a
+short answer makes up for.
 
 So on average each stream keeps its objective, and prompts get all the time that it leaves.
 """
@@ -17,21 +18,22 @@ from dataclasses import dataclass
 from ..core.cost import StepCost
 
 MARGIN = 0.95  # of the objective: streams are held to a little less
-CREDIT = 0.03  # of the time that a whole answer may take
+CREDIT = 1.0 - MARGIN  # of the time that a short answer may take
 _LEAST_TOKENS = 16  # a prompt never stands still
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When the tokens of one stream are due. Times are in seconds."""
+    """When the tokens of one stream are due. Times are in seconds; ``short_tokens`` is the length
+    that most answers have at least."""
 
     first_token: float
     tpot_s: float
-    expected_tokens: float
+    short_tokens: float
 
     def due(self, index: int) -> float:
         """The latest end of the step that draws token ``index`` of the answer (0 the first)."""
-        credit = CREDIT * self.expected_tokens
+        credit = CREDIT * self.short_tokens
         return self.first_token + MARGIN * self.tpot_s * index + self.tpot_s * credit
 
 

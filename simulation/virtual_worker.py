@@ -481,7 +481,7 @@ class VirtualWorker:
         self.decode.join(seq)
         assert served.first is not None
         tpot_s = arrival.tpot_ms / 1e3
-        pace = Pace(served.first, tpot_s, self._lengths.mean)
+        pace = Pace(served.first, tpot_s, self._lengths.short)
         per_token = pace.due(1) - pace.due(0)
         due_base = pace.due(num_output - 1) - per_token * step
         end_step = step + max(0, arrival.output - num_output)

@@ -30,7 +30,7 @@ class Paces:
     def drawn(self, seq: Sequence, tpot_ms: float | None, now: float) -> None:
         """``seq`` has got a token, which is in it."""
         if tpot_ms is not None and seq.attempt not in self._followed:
-            pace = Pace(now, tpot_ms / 1e3, self._lengths.mean)
+            pace = Pace(now, tpot_ms / 1e3, self._lengths.short)
             self._followed[seq.attempt] = _Followed(pace, seq.num_output_tokens - 1)
 
     def ended(self, seq: Sequence) -> None:

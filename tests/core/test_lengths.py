@@ -35,3 +35,11 @@ def test_a_new_kind_of_answer_is_learned() -> None:
     for _ in range(600):
         lengths.ended(500)
     assert lengths.mean == pytest.approx(500, rel=0.15)
+
+
+def test_nine_in_ten_are_longer_than_short() -> None:
+    lengths = AnswerLengths()
+    assert lengths.short == 128.0
+    for index in range(1000):
+        lengths.ended(10 + index % 100)
+    assert lengths.short == pytest.approx(20, abs=6)

@@ -11,11 +11,11 @@ COST = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
 
 
 def test_tokens_are_due_one_after_the_other_with_a_credit_at_first() -> None:
-    pace = Pace(first_token=10.0, tpot_s=0.03, expected_tokens=200.0)
+    pace = Pace(first_token=10.0, tpot_s=0.03, short_tokens=200.0)
     assert pace.due(0) == pytest.approx(10.0 + CREDIT * 200 * 0.03)
     assert pace.due(7) - pace.due(6) == pytest.approx(MARGIN * 0.03)
-    # an answer of the expected length that uses all of it up meets its objective
-    assert pace.due(200) - 10.0 <= 0.03 * 200
+    # an answer of that length that uses all of it up meets its objective
+    assert pace.due(200) - 10.0 == pytest.approx(0.03 * 200)
 
 
 @pytest.mark.parametrize(

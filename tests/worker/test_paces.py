@@ -17,7 +17,7 @@ def test_the_stream_that_is_least_ahead_sets_the_slack() -> None:
     for seq, tpot_ms, now in ((first, 100.0, 1.0), (second, 50.0, 2.0), (free, None, 2.0)):
         seq.token_ids.append(7)
         paces.drawn(seq, tpot_ms, now)
-    credit = CREDIT * 256.0
+    credit = CREDIT * 128.0
     assert paces.slack_s([free], 2.0) == math.inf
     assert paces.slack_s([first], 1.0) == pytest.approx(0.1 * (MARGIN + credit))
     assert paces.slack_s([first, second, free], 2.0) == pytest.approx(0.1 * (MARGIN + credit) - 1.0)
