@@ -46,6 +46,7 @@ from .fleet import Fleet
 from .history import EventKind, History
 from .loads import Loads
 from .membership import DEAD_AFTER_S, Member, Membership, MemberState
+from .planner import Planner, decode_demand
 from .policy import decide, missing
 from .prefix_map import PrefixMap
 from .requests import Ask, Order, Request, State
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 2.0  # from a placement to the beat that must list it
 _FEW = 1024  # deadlines of requests that are over, which may stay
 TELL_ROLE_EVERY_S = 2.0  # a worker that says it has another
+PLAN_EVERY_S = 1.0  # whether roles still are what the load asks for
 BAD_LINK_S = 30.0  # a pair whose transfer failed is left alone for so long
 
 
@@ -70,6 +72,7 @@ class Dispatch:
         salt: bytes = b"",
         objectives: Objectives | None = None,
         admission: Admission = Admission.OPEN,
+        plan_roles: bool = False,
     ) -> None:
         self.members = membership
         self._policy = policy
@@ -82,6 +85,9 @@ class Dispatch:
         self._objectives = objectives or Objectives()
         self._admission = admission
         self._lengths = AnswerLengths()
+        self._planner = Planner() if plan_roles else None
+        self._planned = 0.0  # when it looked last
+        self._placed_ms = 0.0  # of prompts, since then
         self._loads = Loads()
         self._fleet = Fleet(membership, self._loads)
         self._roles: dict[str, Role] = {}  # that workers were given, whatever life they are in
@@ -197,6 +203,8 @@ class Dispatch:
             late = self._requests.get(heapq.heappop(self._deadlines)[1])
             if late is not None:
                 effects += self._change(late, late.expire, now)
+        if self._planner is not None and now - self._planned >= PLAN_EVERY_S:
+            effects += self._plan(self._planner, now)
         return effects + self._place_queued(now)
 
     def beats(self) -> list[Effect]:
@@ -218,29 +226,35 @@ class Dispatch:
     def scale(self, wanted: Mapping[Role, int], now: float) -> tuple[list[Move], list[Effect]]:
         """Gives workers other roles, so that there are so many of each; RequestError where the
         numbers are not those of the workers that are ready. A worker's next life keeps its role."""
-        ready = {
-            member.ref.worker_id: member
-            for member in self.members
-            if member.state is MemberState.READY
-        }
-        holders = [
+        found = moves(self._holders(), wanted)
+        effects = [effect for move in found for effect in self._move(move, now)]
+        return found, effects + self._place_queued(now)
+
+    def _plan(self, planner: Planner, now: float) -> list[Effect]:
+        decode = decode_demand(self._fleet.snapshot(now, self._bad_links))
+        move = planner.look(now, self._placed_ms, decode, self._holders())
+        self._planned, self._placed_ms = now, 0.0
+        return self._move(move, now) if move is not None else []
+
+    def _holders(self) -> list[Holder]:
+        """The workers that are ready."""
+        return [
             Holder(
-                worker_id,
+                member.ref.worker_id,
                 member.role,
                 self._loads[member.ref].num_requests,
                 member.hello.role,
             )
-            for worker_id, member in ready.items()
+            for member in self.members
+            if member.state is MemberState.READY
         ]
-        found = moves(holders, wanted)
-        effects: list[Effect] = []
-        for move in found:
-            member = ready[move.worker_id]
-            log.info("%s is to be %s, not %s", member.ref, move.after, move.before)
-            self._roles[move.worker_id] = move.after
-            self.history.note(now, EventKind.MOVED, member.ref)
-            effects += self._set_role(member, move.after, now)
-        return found, effects + self._place_queued(now)
+
+    def _move(self, move: Move, now: float) -> list[Effect]:
+        member = next(one for one in self.members if one.ref.worker_id == move.worker_id)
+        log.info("%s is to be %s, not %s", member.ref, move.after, move.before)
+        self._roles[move.worker_id] = move.after
+        self.history.note(now, EventKind.MOVED, member.ref)
+        return self._set_role(member, move.after, now)
 
     # workers
 
@@ -405,6 +419,8 @@ class Dispatch:
             refusal = admit(self._admission, placement.forecast, wish.objectives)
             if refusal is not None:
                 return self._change(request, partial(request.fail, refused(refusal)), now)
+        if placement.forecast is not None:
+            self._placed_ms += placement.forecast.work_ms
         self._loads.placed(
             request.id,
             placement,

@@ -532,3 +532,26 @@ def test_what_will_miss_its_objectives_is_refused_at_once() -> None:
     assert refused.error.retry_after == pytest.approx(0.1, abs=0.05)
     world.token("m", 0, finish=FinishReason.STOP)  # the first has ended: there is time again
     assert any(isinstance(effect, Say) for effect in world.submit(ask(2, prompt=300)))
+
+
+def test_the_planner_gives_an_idle_worker_another_role() -> None:
+    world = World()
+    world.dispatch = Dispatch(Policy.DISAGGREGATED, POOLS, Membership("f"), 99, plan_roles=True)
+    cost = StepCost(PrefillCost(1.0, 1.0, 0.0), DecodeCost(5.0, 0.0, 0.0))  # a ms a token
+    for name in ("p", "d1", "d2", "d3"):
+        address = PeerAddress(name, 1, "tcp://x:1", "t")
+        role = ROLES[name[0]]
+        hello = Hello(PROTOCOL_VERSION, role, 1, address, "f/x/16", BLOCKS, 16, 1024, 8, 512, cost)
+        world.epochs[name] = 1
+        world.dispatch.receive(world.link(name), hello, 0.0)
+    told: list[Effect] = []
+    for second in range(12):
+        world.now = float(second)
+        for name in world.epochs:
+            world.beat(name)
+        for index in range(3):  # 1.8 s of prompts a second
+            world.submit(ask(3 * second + index, prompt=600, deadline=99.0))
+            world.dispatch.end(request_id(3 * second + index), State.ABORTED, world.now)
+        told += [e for e in world.dispatch.tick(world.now) if isinstance(e, Say)]
+    roles = [say.message for say in told if isinstance(say.message, SetRole)]
+    assert roles == [SetRole(Role.PREFILL)]
