@@ -34,8 +34,13 @@ format: $(READY)
 docs: $(READY)
 	$(BIN)/python -P -m pdserve.core.config_reference configs/smollm2.yaml > docs/configuration.md
 
+# A few minutes: the engine alone, then three deployments under the same load.
+BENCH := bench-cpu
 bench: $(READY)
 	$(BIN)/pdserve bench engine --config $(CONFIG)
+	$(BIN)/pdserve bench compare configs/bench-cpu-colocated.yaml configs/bench-cpu-split.yaml \
+	  configs/bench-cpu-adaptive.yaml --workload 64/24@1 --slo 1000/150 --vocab 49152 \
+	  --duration 15 --warmup 2 --tolerance 0.25 --highest 16 --out $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -82,6 +82,11 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tolerance", type=float, default=0.05, help="of the rate that is found")
     group.add_argument("--lowest", type=float, default=0.1, help='below it is "not met"')
     group.add_argument("--highest", type=float, default=1000.0)
+    group.add_argument(
+        "--no-tell",
+        action="store_true",
+        help="don't tell a server of ours what each request should meet; saves runs",
+    )
     group.add_argument("--budget", type=float, metavar="S", help="start no run that ends later")
 
 
@@ -203,7 +208,10 @@ def _goodput(arguments: argparse.Namespace) -> int:
     budget = Budget.of(arguments.budget)
     done = True
     try:
-        Search(folder, server, objectives, budget, _api_key()).run(load, settings)
+        search_of = Search(
+            folder, server, objectives, budget, _api_key(), tell=not arguments.no_tell
+        )
+        search_of.run(load, settings)
     except OutOfTime:
         done = False
     _finish(folder)
@@ -254,6 +262,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         num_gpus=arguments.gpus,
         start_limit_s=arguments.start_limit,
         accept_divergence=arguments.accept_divergence,
+        tell=not arguments.no_tell,
         api_key=_api_key(),
     )
     try:

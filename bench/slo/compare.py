@@ -69,6 +69,7 @@ class Comparison:
     num_gpus: int | None = None
     start_limit_s: float = 300.0
     accept_divergence: bool = False
+    tell: bool = True
     api_key: str | None = None
 
     def run(self) -> bool:
@@ -166,9 +167,10 @@ class Comparison:
         """The first load after a start counts for nobody: kernels and caches are cold."""
         task = self.tasks[0]
         rate = task.rates[0] if task.settings is None else task.settings.start
-        load = replace(task.load, rate=rate, duration_s=_WARM_UP_S, warmup_s=0.0, seed=987)
-        self.budget.require(_WARM_UP_S)
-        with live.watched(f"{server.name} warm-up", _WARM_UP_S) as watch:
+        length = min(_WARM_UP_S, task.load.duration_s)
+        load = replace(task.load, rate=rate, duration_s=length, warmup_s=0.0, seed=987)
+        self.budget.require(length)
+        with live.watched(f"{server.name} warm-up", length) as watch:
             perform(server, load, api_key=self.api_key, watch=watch)
 
 

@@ -58,13 +58,13 @@ class Folder:
             file.write_text(text)
             return
         known = json.loads(file.read_bytes())
-        wrong = sorted(
-            key for key in known.keys() | plan.keys() if known.get(key) != json.loads(text).get(key)
-        )
+        new = json.loads(text)
+        wrong = sorted(k for k in known.keys() | new.keys() if known.get(k) != new.get(k))
         if wrong:
+            told = [key for key in wrong if key != "command"] or wrong
             raise ConfigError(
-                f"{self.path}: its runs were made with another {', '.join(wrong)} "
-                f"({known.get(wrong[0])!r}, not {plan.get(wrong[0])!r}); give another folder"
+                f"{self.path}: its runs were made with other {' and '.join(told)} "
+                "(see its plan.json); give another folder"
             )
 
     def plan(self) -> dict[str, Any]:

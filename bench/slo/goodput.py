@@ -1,7 +1,9 @@
 """Capacity of a server under a workload, for each pair of objectives, from as few runs as can be.
 
-The loosest objectives are searched first; every run serves all of them. A run is given up once
-its own objectives are out of reach, and then answers for those that are no looser.
+The loosest objectives are searched first. A server of ours is told what each request should
+meet, so that its router can do its best, and each pair of objectives gets runs of its own; of
+any other server every run serves all of them. A run is given up once its objectives are out of
+reach, and then answers for those that are no looser.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from .folder import Folder
 from .measures import Objectives
 from .report import Cell, cells
 from .runs import LoadSpec, Run, perform
-from .search import Settings, next_rate
+from .search import Settings, bracket, next_rate
 from .servers import Server, settle
 
 _RETRIES = 2  # of a rate at which the client lagged
@@ -52,6 +54,7 @@ class Search:
     budget: Budget
     api_key: str | None = None
     round: int = 0
+    tell: bool = True  # a server of ours, what each request should meet
 
     def run(self, load: LoadSpec, settings: Settings) -> None:
         """Until every pair of objectives has its answer. Raises OutOfTime."""
@@ -75,6 +78,9 @@ class Search:
             rate = next_rate(points, settings)
             if rate is not None:
                 return rate, objectives
+            met = bracket(points, settings).met
+            if met is not None:  # a good guess for those that are tighter
+                settings = replace(settings, start=met)
         return None
 
     def _cell(self, load: LoadSpec) -> Cell | None:
@@ -93,6 +99,7 @@ class Search:
             target=target,
             api_key=self.api_key,
             round_number=self.round,
+            told=objectives if self.tell and self.server.ours else None,
         )
 
 
@@ -106,6 +113,7 @@ def measure(
     target: float = 0.9,
     api_key: str | None = None,
     round_number: int = 0,
+    told: Objectives | None = None,
 ) -> Run:
     """One run, shown while it goes on, and kept."""
     settle(server)
@@ -119,10 +127,11 @@ def measure(
             objectives=objectives,
             target=target,
             round_number=round_number,
+            told=told,
             watch=watch,
         )
     folder.keep(run)
-    live.tell(f"{title}: {told(run, objectives)}")
+    live.tell(f"{title}: {shown(run, objectives)}")
     return run
 
 
@@ -132,7 +141,7 @@ def pace(load: LoadSpec) -> str:
     return f"{load.rate:.3g}/s" if load.rate is not None else f"x{load.time_scale:g}"
 
 
-def told(run: Run, objectives: Objectives | None) -> str:
+def shown(run: Run, objectives: Objectives | None) -> str:
     """A run in a line."""
     if run.fault is not None:
         return f"INVALID: {run.fault}"

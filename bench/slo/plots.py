@@ -225,6 +225,7 @@ class _Sheet:
 def _representative(cell: Cell, objectives: Sequence[Objectives]) -> Run:
     whole = [run for run in cell.runs if run.gave_up is None] or list(cell.runs)
     loosest = max(objectives)
+    whole = [run for run in whole if run.told in (None, loosest)] or whole
     met = [run for run in whole if (run.attained(loosest) or 0) >= 0.9]
     return max(met, key=_pace) if met else min(whole, key=_pace)
 
@@ -237,7 +238,7 @@ def _points(cell: Cell, objectives: Objectives) -> dict[float, float]:
     """Of all rounds together; runs that were given up have no share to show."""
     found: dict[float, list[float]] = {}
     for run in cell.runs:
-        if run.load.rate is not None and run.gave_up is None:
+        if run.load.rate is not None and run.gave_up is None and run.fault is None:
             share = run.attained(objectives)
             if share is not None:
                 found.setdefault(run.load.rate, []).append(share)

@@ -144,6 +144,7 @@ def _run(run: Run, objectives: Sequence[Objectives]) -> dict[str, Any]:
         "fault": run.fault,
         "client": run.health.as_json(),
         "gave_up": None if run.gave_up is None else str(run.gave_up),
+        "told": None if run.told is None else str(run.told),
         "summary": run.summary(objectives).as_json(),
         "slo_scale": scale if run.gave_up is None else [],
         "stages_ms": stage_medians(run),
@@ -241,16 +242,21 @@ def _run_lines(report: dict[str, Any]) -> list[str]:
     lines.append("|---" * (11 + len(names)) + "|")
     for cell in report["cells"]:
         for run in cell["runs"]:
-            lines.append(_run_row(cell, run))
+            lines.append(_run_row(cell, run, names))
     return [*lines, "", *_failure_lines(report)]
 
 
-def _run_row(cell: dict[str, Any], run: dict[str, Any]) -> str:
+def _share(run: dict[str, Any], found: dict[str, Any], name: str) -> str:
+    if run["told"] not in (None, name):
+        return "-"  # the server was told of others
+    return f"{100 * found['both']:.0f}%" if run["gave_up"] is None else "given up"
+
+
+def _run_row(cell: dict[str, Any], run: dict[str, Any], names: Sequence[str]) -> str:
     summary, load = run["summary"], run["load"]
     times = summary["times_ms"]
     shares = [
-        f"{100 * one['both']:.0f}%" if run["gave_up"] is None else "given up"
-        for one in summary["attainment"]
+        _share(run, one, name) for one, name in zip(summary["attainment"], names, strict=True)
     ]
     pace = (
         f"{load['concurrency']} at once"

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Run:
     gave_up: Objectives | None  # it was stopped, because these could not be met any more
     created: float
     round: int = 0
+    told: Objectives | None = None  # what each request said that it should meet
 
     @property
     def fault(self) -> str | None:
@@ -117,8 +118,10 @@ class Run:
         return [record for record in self.records if start <= record.due < end]
 
     def attained(self, objectives: Objectives) -> float | None:
-        """The share that meets both. 0 where the run was given up for the like of them; None
-        where it was given up and so can't tell."""
+        """The share that meets both; 0 where the run was given up for the like of them. None
+        where it can't tell: it was given up for looser ones, or its server told of others."""
+        if self.told is not None and self.told != objectives:
+            return None
         if self.gave_up is not None:
             return 0.0 if objectives.no_looser_than(self.gave_up) else None
         return attainment(self.counted(), objectives, self.window[1] - self.window[0]).both
@@ -137,6 +140,7 @@ class Run:
             "window": self.window,
             "client": self.health.as_json(),
             "gave_up": None if self.gave_up is None else asdict(self.gave_up),
+            "told": None if self.told is None else asdict(self.told),
             "records": [record.as_json() for record in self.records],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +167,7 @@ class Run:
                 gave_up=None if gave_up is None else Objectives(**gave_up),
                 created=data["created"],
                 round=data["round"],
+                told=None if data["told"] is None else Objectives(**data["told"]),
             )
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a run of this benchmark ({error})") from error
@@ -176,6 +181,7 @@ def perform(
     objectives: Objectives | None = None,
     target: float = 0.9,
     round_number: int = 0,
+    told: Objectives | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Run:
     """Runs it. With ``objectives`` it is given up once ``target`` can't be reached any more."""
@@ -194,6 +200,7 @@ def perform(
         load.timeout_s,
         temperature=load.temperature,
         ignore_eos=load.ignore_eos,
+        slo=None if told is None else (told.ttft_ms, told.tpot_ms),
     )
     orders = Orders(target_of, tuple(enumerate(sessions)), window, load.concurrency, give_up)
     limit = load.duration_s + load.timeout_s + _DRAIN_S
@@ -210,8 +217,5 @@ def perform(
         gave_up=objectives if outcome.gave_up else None,
         created=time.time(),
         round=round_number,
+        told=told,
     )
-
-
-def at_rate(load: LoadSpec, rate: float) -> LoadSpec:
-    return replace(load, rate=rate)

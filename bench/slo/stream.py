@@ -32,6 +32,7 @@ class Target:
     timeout_s: float = 120.0
     temperature: float = 0.0
     ignore_eos: bool = True  # not OpenAI's, but of most servers
+    slo: tuple[float, float] | None = None  # TTFT and TPOT (ms) that our server is told of
 
     def body(self, ask: Ask) -> tuple[str, dict[str, Any]]:
         """The path and the JSON of a request."""
@@ -44,6 +45,8 @@ class Target:
         }
         if self.ignore_eos:
             body["ignore_eos"] = True
+        if self.slo is not None:
+            body["slo"] = {"ttft_ms": self.slo[0], "tpot_ms": self.slo[1]}
         prompt = ask.prompt
         if isinstance(prompt, tuple) and prompt and isinstance(prompt[0], dict):
             return "/v1/chat/completions", body | {"messages": list(prompt)}
