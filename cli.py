@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("url", nargs="?", default=_DEFAULT_URL, metavar="URL")
     for role in Role:
         scale.add_argument(f"--{role}", type=int, default=0, metavar="N", help="so many of them")
+    scale.add_argument("--auto", action="store_true", help="the planner's choice again")
 
     keys = command("keys", None, "make the keys that hosts share, or one for a client of the API")
     actions = keys.add_subparsers(required=True, metavar="WHAT", title="keys")
@@ -347,7 +348,10 @@ def _scale(arguments: argparse.Namespace) -> int:
     from .deploy import status
     from .deploy.scale import scale
 
-    scale(arguments.url, {role: getattr(arguments, role) for role in Role})
+    wanted = {role: getattr(arguments, role) for role in Role}
+    if arguments.auto and any(wanted.values()):
+        raise ConfigError("--auto: found numbers beside it; allowed: one of the two")
+    scale(arguments.url, None if arguments.auto else wanted)
     status.show(arguments.url)
     return 0
 

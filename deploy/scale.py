@@ -15,12 +15,14 @@ _TIMEOUT_S = 5.0
 _POLL_S = 0.1
 
 
-def scale(url: str, wanted: Mapping[Role, int], limit_s: float = LIMIT_S) -> None:
-    """Asks, and waits until every worker says that it is what it should be.
+def scale(url: str, wanted: Mapping[Role, int] | None, limit_s: float = LIMIT_S) -> None:
+    """Asks, and waits until every worker says that it is what it should be. With None the
+    planner chooses again.
 
     Raises StartupError where the router won't, or a worker does not follow.
     """
-    body = {role.value: count for role, count in wanted.items()}
+    counts = wanted.items() if wanted is not None else ()
+    body = {role.value: count for role, count in counts} or {"auto": True}
     headers = {"Authorization": f"Bearer {_token(url)}"}
     for answer in post_events(f"{url.rstrip('/')}/admin/roles", body, _TIMEOUT_S, headers):
         if "error" in answer:

@@ -3,6 +3,7 @@ lies there, in ``http.json``, and each request must bear it. So no web page and 
 of the host can send one, wherever the port is open to.
 
 POST /admin/roles {"prefill": 1, "decode": 3, "mixed": 0}     so many workers of each role
+POST /admin/roles {"auto": true}                              the planner's choice again
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class _Roles(BaseModel):
     prefill: _Number = 0
     decode: _Number = 0
     mixed: _Number = 0
+    auto: bool = False
 
 
 def add_admin(app: web.Application, service: Service, token: str) -> None:
@@ -37,7 +39,10 @@ def add_admin(app: web.Application, service: Service, token: str) -> None:
             fault = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in fault["loc"]) or "the body"
             raise RequestError(f"{where}: {fault['msg']}", code="invalid_value") from None
-        moves = service.scale({role: getattr(wanted, role) for role in Role})
+        counts = {role: getattr(wanted, role) for role in Role}
+        if wanted.auto and any(counts.values()):
+            raise RequestError("auto: either that, or numbers", code="invalid_value")
+        moves = service.scale(None if wanted.auto else counts)
         return web.json_response(
             {"moves": [{"id": m.worker_id, "from": m.before, "to": m.after} for m in moves]}
         )

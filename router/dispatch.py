@@ -31,7 +31,6 @@ from ..core.messages import (
     Refused,
     ResyncCache,
     RouterBeat,
-    SetRole,
     Started,
     TokenBatch,
     TokenItem,
@@ -45,20 +44,18 @@ from .effects import Effect, Emit, End, Link, Say
 from .fleet import Fleet
 from .history import EventKind, History
 from .loads import Loads
-from .membership import DEAD_AFTER_S, Member, Membership, MemberState
-from .planner import Planner, decode_demand
+from .membership import DEAD_AFTER_S, Membership, MemberState
 from .policy import decide, missing
 from .prefix_map import PrefixMap
 from .requests import Ask, Order, Request, State
-from .roles import Holder, Move, moves
+from .roles import Move
 from .snapshot import Objectives, Placement
+from .staffing import Staffing
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 2.0  # from a placement to the beat that must list it
 _FEW = 1024  # deadlines of requests that are over, which may stay
-TELL_ROLE_EVERY_S = 2.0  # a worker that says it has another
-PLAN_EVERY_S = 1.0  # whether roles still are what the load asks for
 BAD_LINK_S = 30.0  # a pair whose transfer failed is left alone for so long
 
 
@@ -72,6 +69,7 @@ class Dispatch:
         salt: bytes = b"",
         objectives: Objectives | None = None,
         admission: Admission = Admission.OPEN,
+        *,
         plan_roles: bool = False,
     ) -> None:
         self.members = membership
@@ -85,16 +83,15 @@ class Dispatch:
         self._objectives = objectives or Objectives()
         self._admission = admission
         self._lengths = AnswerLengths()
-        self._planner = Planner() if plan_roles else None
-        self._planned = 0.0  # when it looked last
-        self._placed_ms = 0.0  # of prompts, since then
         self._loads = Loads()
         self._fleet = Fleet(membership, self._loads)
-        self._roles: dict[str, Role] = {}  # that workers were given, whatever life they are in
         self.prefixes = PrefixMap(salt)
         self._bad_links: dict[tuple[WorkerRef, WorkerRef], float] = {}  # until when
         self._was_up = False
         self.history = History()
+        self.staffing = Staffing(
+            membership, self._loads, self._fleet, self.history, planning=plan_roles
+        )
 
     # what the rim asks
 
@@ -203,8 +200,7 @@ class Dispatch:
             late = self._requests.get(heapq.heappop(self._deadlines)[1])
             if late is not None:
                 effects += self._change(late, late.expire, now)
-        if self._planner is not None and now - self._planned >= PLAN_EVERY_S:
-            effects += self._plan(self._planner, now)
+        effects += self.staffing.tick(self._fleet.snapshot(now, self._bad_links), now)
         return effects + self._place_queued(now)
 
     def beats(self) -> list[Effect]:
@@ -224,37 +220,9 @@ class Dispatch:
         return effects
 
     def scale(self, wanted: Mapping[Role, int], now: float) -> tuple[list[Move], list[Effect]]:
-        """Gives workers other roles, so that there are so many of each; RequestError where the
-        numbers are not those of the workers that are ready. A worker's next life keeps its role."""
-        found = moves(self._holders(), wanted)
-        effects = [effect for move in found for effect in self._move(move, now)]
+        """See ``Staffing.scale``."""
+        found, effects = self.staffing.scale(wanted, now)
         return found, effects + self._place_queued(now)
-
-    def _plan(self, planner: Planner, now: float) -> list[Effect]:
-        decode = decode_demand(self._fleet.snapshot(now, self._bad_links))
-        move = planner.look(now, self._placed_ms, decode, self._holders())
-        self._planned, self._placed_ms = now, 0.0
-        return self._move(move, now) if move is not None else []
-
-    def _holders(self) -> list[Holder]:
-        """The workers that are ready."""
-        return [
-            Holder(
-                member.ref.worker_id,
-                member.role,
-                self._loads[member.ref].num_requests,
-                member.hello.role,
-            )
-            for member in self.members
-            if member.state is MemberState.READY
-        ]
-
-    def _move(self, move: Move, now: float) -> list[Effect]:
-        member = next(one for one in self.members if one.ref.worker_id == move.worker_id)
-        log.info("%s is to be %s, not %s", member.ref, move.after, move.before)
-        self._roles[move.worker_id] = move.after
-        self.history.note(now, EventKind.MOVED, member.ref)
-        return self._set_role(member, move.after, now)
 
     # workers
 
@@ -274,9 +242,8 @@ class Dispatch:
             self._fleet.members_changed()
             self.history.note(now, EventKind.JOINED, joined.ref)
             member = self.members.get(joined.ref)
-            role = self._roles.get(joined.ref.worker_id)
-            if member is not None and role is not None:
-                effects += self._set_role(member, role, now)
+            assert member is not None
+            effects += self.staffing.joined(member, now)
         return effects + self._place_queued(now)
 
     def _beat(self, link: Link, beat: WorkerBeat, now: float) -> list[Effect]:
@@ -285,9 +252,7 @@ class Dispatch:
             return [Say(link, member)]
         self._fleet.changed(member.ref)
         listed = set(beat.live)
-        effects: list[Effect] = []
-        if member.role is not member.actual_role and now - member.told_at >= TELL_ROLE_EVERY_S:
-            effects += self._set_role(member, member.role, now)
+        effects = self.staffing.heard(member, now)
         for request in self._on(member.ref):
             if request.key not in listed and request.listed_by(member.ref, now, GRACE_S):
                 log.warning("%s has lost %s", member.ref, request, extra=request.log_fields)
@@ -310,11 +275,6 @@ class Dispatch:
 
     def _lacks(self, pools: PoolsSection) -> str | None:
         return missing(self._policy, pools, [member.role for member in self.members.alive()])
-
-    def _set_role(self, member: Member, role: Role, now: float) -> list[Effect]:
-        member.wanted, member.told_at = role, now
-        self._fleet.changed(member.ref)
-        return [Say(member.link, SetRole(role))]
 
     def _on(self, ref: WorkerRef) -> list[Request]:
         """What that worker has been given."""
@@ -419,8 +379,6 @@ class Dispatch:
             refusal = admit(self._admission, placement.forecast, wish.objectives)
             if refusal is not None:
                 return self._change(request, partial(request.fail, refused(refusal)), now)
-        if placement.forecast is not None:
-            self._placed_ms += placement.forecast.work_ms
         self._loads.placed(
             request.id,
             placement,
@@ -429,6 +387,7 @@ class Dispatch:
             wish.objectives.tpot_ms,
             now + (wish.objectives.ttft_ms - wish.waited_ms) / 1e3,
         )
+        self.staffing.placed(placement)
         self._fleet.changed(*placement.workers)
         for worker in placement.workers:
             self._given.setdefault(worker, {})[request.id] = request

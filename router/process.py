@@ -153,7 +153,7 @@ async def _control(
         _salt(run_dir),
         Objectives(deployment.slo.ttft_ms, deployment.slo.tpot_ms),
         deployment.router.admission,
-        deployment.router.plan_roles,
+        plan_roles=deployment.router.plan_roles,
     )
     context: zmq.Context[Any] = zmq.Context()
     with contextlib.ExitStack() as stack:

@@ -144,8 +144,11 @@ class Service:
             self.metrics.transfer(message)
         self._run(self.dispatch.receive(link, message, self._clock()))
 
-    def scale(self, wanted: Mapping[Role, int]) -> list[Move]:
-        """See ``Dispatch.scale``."""
+    def scale(self, wanted: Mapping[Role, int] | None) -> list[Move]:
+        """See ``Staffing.scale``; None leaves it to the planner again."""
+        if wanted is None:
+            self.dispatch.staffing.planning = True
+            return []
         moves, effects = self.dispatch.scale(wanted, self._clock())
         self._run(effects)
         return moves

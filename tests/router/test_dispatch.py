@@ -40,12 +40,13 @@ from pdserve.core.messages import (
     WorkerBeat,
 )
 from pdserve.core.params import SamplingParams
-from pdserve.router.dispatch import BAD_LINK_S, GRACE_S, TELL_ROLE_EVERY_S, Dispatch
+from pdserve.router.dispatch import BAD_LINK_S, GRACE_S, Dispatch
 from pdserve.router.effects import Effect, Emit, End, Link, Say
 from pdserve.router.membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership
 from pdserve.router.requests import Ask, State
 from pdserve.router.roles import Move
 from pdserve.router.snapshot import Objectives
+from pdserve.router.staffing import TELL_EVERY_S
 from pdserve.router.timeline import Outcome, Timeline
 
 BLOCKS = BlockCounts(64, 64, 0, 0)
@@ -71,7 +72,12 @@ class World:
     epochs: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dispatch = Dispatch(self.policy, POOLS, Membership("f"), epoch=99)
+        self.dispatch = Dispatch(
+            self.policy,
+            POOLS,
+            Membership("f"),
+            epoch=99,
+        )
 
     def ref(self, name: str) -> WorkerRef:
         return WorkerRef(name, self.epochs[name])
@@ -493,10 +499,10 @@ def test_a_new_role_counts_at_once_and_is_said_until_the_worker_has_it() -> None
     assert member is not None and (member.role, member.actual_role) == (Role.DECODE, Role.PREFILL)
     key = Key(request_id(1), 1)
     assert roles_told(role_beat(world, "p1", Role.PREFILL, key)) == []
-    assert roles_told(role_beat(world.at(TELL_ROLE_EVERY_S), "p1", Role.PREFILL, key)) == [
+    assert roles_told(role_beat(world.at(TELL_EVERY_S), "p1", Role.PREFILL, key)) == [
         ("p1", Role.DECODE)
     ]
-    assert roles_told(role_beat(world.at(3 * TELL_ROLE_EVERY_S), "p1", Role.DECODE, key)) == []
+    assert roles_told(role_beat(world.at(3 * TELL_EVERY_S), "p1", Role.DECODE, key)) == []
     assert member.actual_role is Role.DECODE
 
 
@@ -555,3 +561,6 @@ def test_the_planner_gives_an_idle_worker_another_role() -> None:
         told += [e for e in world.dispatch.tick(world.now) if isinstance(e, Say)]
     roles = [say.message for say in told if isinstance(say.message, SetRole)]
     assert roles == [SetRole(Role.PREFILL)]
+    assert world.dispatch.staffing.planning
+    world.dispatch.scale({Role.MIXED: 4}, world.now)
+    assert not world.dispatch.staffing.planning  # what was set by hand, stays
