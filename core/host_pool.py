@@ -116,7 +116,6 @@ class HostKvPool:
 
     def close(self) -> None:
         if self._memory is not None:
-            self._memory.unlink()
             self._memory.close()
 
     @property

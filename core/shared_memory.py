@@ -14,7 +14,6 @@ what belonged to a worker that is gone.
 
 from __future__ import annotations
 
-import atexit
 import errno
 import fcntl
 import mmap
@@ -24,6 +23,7 @@ import secrets
 import stat
 import struct
 import time
+import weakref
 from pathlib import Path
 
 from .errors import HandshakeRefused, OutOfMemory
@@ -38,14 +38,20 @@ _LOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, p
 
 
 class SharedMemory:
-    """``view``: the bytes behind the header, writable for the one who made it."""
+    """``view``: the bytes behind the header, writable for the one who made it.
 
-    def __init__(self, name: str, nonce: bytes, file: int, mapped: mmap.mmap, path: Path) -> None:
+    It is unlinked (by its owner) and its lock given back by ``close``, when nobody refers to
+    it any more, or at the process's end, whichever comes first.
+    """
+
+    def __init__(
+        self, name: str, nonce: bytes, file: int, mapped: mmap.mmap, owned: Path | None = None
+    ) -> None:
         self.name = name
         self.nonce = nonce
         self._file = file
-        self._path = path
         self.view = memoryview(mapped)[_HEADER:]
+        self._end = weakref.finalize(self, _let_go, file, owned)
 
     @staticmethod
     def create(num_bytes: int, folder: Path = FOLDER) -> SharedMemory:
@@ -70,9 +76,7 @@ class SharedMemory:
                 f"no {num_bytes / 2**20:.0f} MiB of shared memory in {folder}: {why}; lower "
                 "kv.memory, make that file system larger, or set kv_transfer.medium: tcp"
             ) from error
-        memory = SharedMemory(name, nonce, file, mapped, folder / name)
-        atexit.register(memory.unlink)
-        return memory
+        return SharedMemory(name, nonce, file, mapped, folder / name)
 
     @staticmethod
     def attach(name: str, nonce: bytes, num_bytes: int, folder: Path = FOLDER) -> SharedMemory:
@@ -98,26 +102,17 @@ class SharedMemory:
         except BaseException:
             os.close(file)
             raise
-        return SharedMemory(name, nonce, file, mapped, path)
+        return SharedMemory(name, nonce, file, mapped)
 
     @property
     def owner_gone(self) -> bool:
         """For a reader: whether the process that made it has ended."""
         return not _locked(self._file, _OWNER)
 
-    def unlink(self) -> None:
-        """By its owner, at the end: readers keep what they have mapped."""
-        atexit.unregister(self.unlink)
-        self._path.unlink(missing_ok=True)
-
     def close(self) -> None:
-        """Gives the lock back; the memory goes when the last view of it does."""
-        if self._file >= 0:
-            # what is mapped keeps the open file: closing it would not do
-            for at in (_OWNER, _READER):
-                _try_lock(self._file, fcntl.F_UNLCK, at)
-            os.close(self._file)
-            self._file = -1
+        """Nobody finds it any more. Readers keep what they have mapped, and its memory goes when
+        the last view of it does."""
+        self._end()
 
 
 def sweep(patience_s: float = 0.0, folder: Path = FOLDER) -> list[str]:
@@ -156,6 +151,15 @@ def _give_name(file: int, folder: Path, name: str) -> None:
         os.link(f"/proc/self/fd/{file}", name, src_dir_fd=where, dst_dir_fd=where)
     finally:
         os.close(where)
+
+
+def _let_go(file: int, owned: Path | None) -> None:
+    if owned is not None:
+        owned.unlink(missing_ok=True)
+    # what is mapped keeps the open file: closing it would not give the locks back
+    for at in (_OWNER, _READER):
+        _try_lock(file, fcntl.F_UNLCK, at)
+    os.close(file)
 
 
 def _still_mapped(file: int) -> bool:

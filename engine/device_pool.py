@@ -56,7 +56,6 @@ class DeviceExport:
         )
 
     def close(self) -> None:
-        self._table.unlink()
         self._table.close()
 
 

@@ -62,7 +62,8 @@ def test_one_writes_and_the_other_reads(folder: Path) -> None:
     with pytest.raises(TypeError):
         theirs.view[0] = 1
     assert (folder / ours.name).stat().st_mode & 0o777 == 0o600
-    ours.unlink()
+    ours.close()
+    ours.close()  # twice is once
     assert not list(folder.iterdir())
     assert bytes(theirs.view[100:103]) == b"new"  # what is mapped stays
 
@@ -82,7 +83,16 @@ def test_what_is_not_the_peers_is_refused(folder: Path) -> None:
     ):
         with pytest.raises(HandshakeRefused, match=said):
             SharedMemory.attach(name, nonce, size, folder)
-    ours.unlink()
+
+
+def test_what_nobody_refers_to_is_gone_but_what_is_seen_of_it(folder: Path) -> None:
+    ours = SharedMemory.create(8192, folder)
+    view = ours.view
+    view[:3] = b"abc"
+    assert list(folder.iterdir())
+    del ours
+    assert not list(folder.iterdir())
+    assert bytes(view[:3]) == b"abc"
 
 
 def test_no_room_is_said_at_once() -> None:
