@@ -273,7 +273,8 @@ class Place:
 
     ``peer`` is the receiving worker for PREFILL, the sending one for DECODE, absent for WHOLE.
     ``ttft_ms`` is the time that is left until the first token is due, ``tpot_ms`` what each
-    later one may take; None where nothing is asked.
+    later one may take; None where nothing is asked. Of the prompts that wait, those of a lower
+    ``priority`` go first.
     """
 
     __pydantic_config__ = _STRICT
@@ -285,6 +286,7 @@ class Place:
     peer: PeerAddress | None = None
     ttft_ms: Annotated[float, Field(allow_inf_nan=False)] | None = None
     tpot_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class PromptKind(Enum):
 
 
 class Rank(IntEnum):
-    """Who goes first; within a rank the higher priority, then the earlier deadline, then the
+    """Who goes first; within a rank the lower ``priority``, then the earlier deadline, then the
     older one.
 
     Above NEW are those that others wait for: a stream that has paused, a peer that has
@@ -83,7 +83,7 @@ class Prompt:
 
     @property
     def order(self) -> Order:
-        return self.rank, -self.priority, self.deadline, self.seq.arrival
+        return self.rank, self.priority, self.deadline, self.seq.arrival
 
     @property
     def droppable(self) -> bool:

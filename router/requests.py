@@ -339,7 +339,10 @@ class Request:
     def _place(self, task: Task, peer: PeerAddress | None) -> Place:
         ask = self.ask
         output = tuple(self.output)
-        return Place(self.key, task, ask.prompt, output, ask.params, peer, *self._limits_ms)
+        limits = self._limits_ms
+        return Place(
+            self.key, task, ask.prompt, output, ask.params, peer, *limits, priority=ask.priority
+        )
 
     def _orders_to_abort(self) -> list[Order]:
         workers = self.placement.workers if self.placement is not None else ()

@@ -137,9 +137,9 @@ class Lifecycle:
         self._num_arrivals += 1
         match place.task:
             case Task.PREFILL:
-                self.prefill.add(Prompt(seq, PromptKind.TRANSFER, deadline=_deadline(place, now)))
+                self.prefill.add(_prompt(seq, PromptKind.TRANSFER, place, now))
             case Task.WHOLE:
-                self.prefill.add(Prompt(seq, PromptKind.LOCAL, deadline=_deadline(place, now)))
+                self.prefill.add(_prompt(seq, PromptKind.LOCAL, place, now))
             case Task.DECODE:
                 assert place.peer is not None
                 self.decode.expect(seq)
@@ -384,5 +384,6 @@ class Lifecycle:
         self._returned(seq)
 
 
-def _deadline(place: Place, now: float) -> float:
-    return math.inf if place.ttft_ms is None else now + place.ttft_ms / 1e3
+def _prompt(seq: Sequence, kind: PromptKind, place: Place, now: float) -> Prompt:
+    deadline = math.inf if place.ttft_ms is None else now + place.ttft_ms / 1e3
+    return Prompt(seq, kind, deadline=deadline, priority=place.priority)

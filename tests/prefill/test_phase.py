@@ -322,7 +322,7 @@ def test_the_earliest_deadline_goes_first_and_priority_before_it() -> None:
     bench.phase.remove(late.attempt)
     bench.phase.remove(soon.attempt)
     bench.phase.remove(urgent.attempt)
-    late.deadline, soon.deadline, urgent.priority = 9.0, 3.0, 1
+    late.deadline, soon.deadline, urgent.priority = 9.0, 3.0, -1
     for prompt in (late, soon, urgent):
         bench.phase.add(prompt)
     assert bench.phase.first is urgent
