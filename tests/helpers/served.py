@@ -21,13 +21,15 @@ ROOT = Path(__file__).parents[2]
 START_LIMIT_S = 150.0  # the first start on a machine converts the weights
 STOP_LIMIT_S = 60.0
 
-SPLIT = """
-model: {path: smollm2, dtype: fp32, max_context: 2048}
+MAX_QUEUE = 64  # more than any test has at once that does not want it full
+
+SPLIT = f"""
+model: {{path: smollm2, dtype: fp32, max_context: 2048}}
 pools:
-  prefill: {workers: 1, device: cpu}
-  decode: {workers: 1, device: cpu}
-kv: {memory: 512MiB}
-router: {policy: disaggregated}
+  prefill: {{workers: 1, device: cpu}}
+  decode: {{workers: 1, device: cpu}}
+kv: {{memory: 512MiB}}
+router: {{policy: disaggregated, max_queue: {MAX_QUEUE}}}
 """
 
 # No model; bounds so short that a test can wait for them.
