@@ -40,6 +40,7 @@ from ..core.params import SamplingParams
 from .snapshot import Forecast, Objectives, Placement, Wish
 from .timeline import Marks, Outcome, Stage, Timeline
 
+_TOO_MANY = 429  # HTTP's
 MAX_STRIKES = 2  # after so many it runs alone
 
 Order = tuple[WorkerRef, ToWorker]
@@ -309,7 +310,7 @@ class Request:
             self.ask.call_id,
             self.ask.chat,
             self.ask.traceparent,
-            Outcome(self.state),
+            self._outcome,
             self.error.code if self.error is not None else None,
             placement.prefill.worker_id if placement is not None else None,
             placement.decode.worker_id if placement is not None else None,
@@ -330,6 +331,12 @@ class Request:
             forecast=self._forecast,
             objectives=self.ask.objectives,
         )
+
+    @property
+    def _outcome(self) -> Outcome:
+        if self.error is not None and self.error.status == _TOO_MANY:
+            return Outcome.REFUSED
+        return Outcome(self.state)
 
     def _over(self, state: State) -> None:
         assert not self.over

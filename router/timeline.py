@@ -26,6 +26,7 @@ MAX_RECENT = 4096  # timelines that are kept to be asked for
 class Outcome(StrEnum):
     DONE = "done"
     FAILED = "failed"
+    REFUSED = "refused"  # with 429: not for what it is, but for how much there is to do
     ABORTED = "aborted"  # the client has hung up, or stopped reading
 
 

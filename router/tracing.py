@@ -69,7 +69,7 @@ class Spans:
             attributes=_attributes(timeline, operation, self._model),
             start_time=nanoseconds(timeline.arrived),
         )
-        if timeline.outcome is Outcome.FAILED:
+        if timeline.outcome in (Outcome.FAILED, Outcome.REFUSED):
             span.set_status(trace.StatusCode.ERROR, timeline.error)
         within = trace.set_span_in_context(span)
         for stage, start, end in timeline.stages():

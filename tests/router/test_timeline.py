@@ -10,6 +10,7 @@ from fake_worker import FakeWorker
 from router_net import MODEL, router, run, split, until
 
 from pdserve.core.config import Policy
+from pdserve.core.errors import Unavailable
 from pdserve.core.ids import Role, WorkerRef
 from pdserve.core.messages import FinishReason, Key, PeerAddress, TokenItem
 from pdserve.core.params import SamplingParams
@@ -157,6 +158,17 @@ def test_good_is_within_both_objectives(
     assert own.met(Objectives(1.0, 1.0)) == met
     shown = own.shown()["objectives"]
     assert shown == {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
+
+
+def test_what_is_refused_at_the_door_did_not_fail() -> None:
+    outcomes = {}
+    for status, code in ((429, "slo_missed"), (504, "timeout")):
+        one = request()
+        one.fail(Unavailable("not now", status=status, code=code))
+        found = one.timeline(12.0)
+        outcomes[found.error] = found.outcome
+        assert not found.good(Objectives())
+    assert outcomes == {"slo_missed": Outcome.REFUSED, "timeout": Outcome.FAILED}
 
 
 def test_a_mark_is_set_once() -> None:
