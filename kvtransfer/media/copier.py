@@ -5,7 +5,8 @@
     write     D's frames are checked and copied into blocks of its pool
 
 The arithmetic is done in libraries that leave the interpreter to others meanwhile, so with
-several threads several chunks are hashed and copied at once.
+several threads several chunks are hashed and copied at once. What is small is done by the I/O
+thread itself: passing it on and back would take longer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from .events import Written
 from .results import Results
 
 log = logging.getLogger(__name__)
+
+SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,19 +59,26 @@ class Copier:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="copier")
 
     def prepare(self, effect: SendBlocks) -> Prepared | None:
-        """None where it comes as a result; here where there is next to nothing to do."""
-        offer = not isinstance(effect.message, Chunk)
-        if offer and not effect.tail_tokens and not self._checksum_offers:
-            return Prepared(effect, TO_RECEIVER.encode(effect.message), ())
+        """None where it comes as a result; here where there is little to do."""
+        untouched = not isinstance(effect.message, Chunk) and not self._checksum_offers
+        if untouched or self._small(effect.blocks):
+            return self._prepare(effect)
         self._do(lambda: self._prepare(effect))
         return None
 
-    def write(self, effect: Write) -> None:
+    def write(self, effect: Write) -> Written | None:
+        """None where it comes as a result."""
+        if self._small(effect.blocks):
+            return self._write(effect)
         self._do(lambda: self._write(effect))
+        return None
 
     def close(self) -> None:
         """Waits for what is being done, and does no more."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _small(self, blocks: Sequence[int]) -> bool:
+        return len(blocks) * self._pool.layout.block_bytes <= SMALL_BYTES
 
     def _do(self, job: Callable[[], Written | Prepared]) -> None:
         def run() -> None:

@@ -180,11 +180,12 @@ class KvSockets:
         return self._send_blocks(prepared, now) if prepared is not None else []
 
     def write(self, effect: Write | Pull) -> list[Written]:
-        """Checks and copies blocks into the pool; the result comes when that is done."""
+        """Checks and copies blocks into the pool; the result comes when that is done, which may
+        be at once."""
         if isinstance(effect, Pull):
             return self._puller.pull(effect)
-        self._copier.write(effect)
-        return []
+        written = self._copier.write(effect)
+        return [written] if written is not None else []
 
     def flush(self, now: float) -> list[KvEvent]:
         """Sends what waited; gives up peers that take nothing, or whose process has ended;

@@ -391,13 +391,8 @@ def test_checksums_travel_and_damage_is_not_written(make_host: MakeHost) -> None
     assert isinstance(event.message, Chunk)
     sums = event.message.checksums
     assert sums == tuple(xxhash.xxh3_64_intdigest(block) for block in p.pool.read((0, 1)))
-    written: list[object] = []
-    d.take = written.extend  # type: ignore[method-assign, assignment]
     for blocks, told, ok in (((8, 9), sums, True), ((6, 7), (sums[0], sums[1] ^ 1), False)):
-        written.clear()
-        assert d.kv.write(Write(A, 0, blocks, event.frames, told)) == []
-        drive([d], lambda: bool(written))
-        assert written == [Written(A, 0, ok)]
+        assert d.kv.write(Write(A, 0, blocks, event.frames, told)) == [Written(A, 0, ok)]
     assert d.pool.read((8, 9)) == p.pool.read((0, 1))
     assert bytes(d.pool.read((6,))[0]) == bytes(BLOCK_BYTES)
 
