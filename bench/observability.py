@@ -134,7 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _measure(given: argparse.Namespace) -> Report:
     random.seed(6)
-    async with _served(given.config, given.step_ms) as url, aiohttp.ClientSession() as session:
+    async with (
+        served(given.config, f"simulation.step_ms={given.step_ms}") as url,
+        aiohttp.ClientSession() as session,
+    ):
         async with session.get(f"{url}/v1/models") as response:
             model = (await response.json())["data"][0]["id"]
         load = Load(url, model, given.rate, given.output, session)
@@ -156,7 +159,7 @@ async def _measure(given: argparse.Namespace) -> Report:
                 costs.append((watched - quiet) / (given.window * given.scrapes))
                 loads.append(quiet / given.window)
     ttft, tpot = agreed
-    served = sum(server for _, server in ttft) / 1e3
+    summed = sum(server for _, server in ttft) / 1e3
     cost = statistics.median(costs)
     return Report(
         given.step_ms,
@@ -170,7 +173,7 @@ async def _measure(given: argparse.Namespace) -> Report:
             "client": round(statistics.median(client for client, _ in ttft), 3),
             "server": round(statistics.median(server for _, server in ttft), 3),
         },
-        round(after[_TTFT] - before[_TTFT] - served, 6),
+        round(after[_TTFT] - before[_TTFT] - summed, 6),
         given.scrapes,
         int(after["bytes"]),
         round(1e3 * cost, 3),
@@ -245,10 +248,12 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def _served(config: Path, step_ms: float) -> AsyncIterator[str]:
+async def served(config: Path, *settings: str) -> AsyncIterator[str]:
+    """The URL of a deployment that serves until the block ends."""
+    chosen = [word for setting in settings for word in ("--set", setting)]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "pdserve.cli", "serve", str(config), "--port", "0"),
-        *("--set", f"simulation.step_ms={step_ms}"),
+        *chosen,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
