@@ -123,7 +123,11 @@ class Bench:
             "shape": self._shape,
             "block_bytes": self._layout.block_bytes,
             "devices": list(self._devices),
-            "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+            "machine": {
+                "cores": os.cpu_count(),
+                "load": os.getloadavg()[0],
+                "python": platform.python_version(),
+            },
             "floors": list(floor.values()),
             "pulls": pulls,
             "rows": rows,
