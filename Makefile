@@ -39,8 +39,8 @@ BENCH := bench-cpu
 bench: $(READY)
 	$(BIN)/pdserve bench engine --config $(CONFIG)
 	$(BIN)/pdserve bench compare configs/bench-cpu-colocated.yaml configs/bench-cpu-split.yaml \
-	  configs/bench-cpu-adaptive.yaml --workload 64/24@1 --slo 1000/150 --vocab 49152 \
-	  --duration 15 --warmup 2 --tolerance 0.25 --highest 16 --out $(BENCH)
+	  configs/bench-cpu-adaptive.yaml --workload 64/24@2 --slo 1000/150 --vocab 49152 \
+	  --duration 15 --warmup 2 --tolerance 0.25 --lowest 0.5 --highest 16 --min-requests 20 --out $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

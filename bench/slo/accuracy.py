@@ -29,8 +29,8 @@ from .records import Record
 from .stream import Target
 from .workloads import Ask, Session
 
-STREAMS, TOKENS = 200, 64
-FIRST_S, GAP_S = 0.1, 0.05
+STREAMS, TOKENS = 200, 48
+FIRST_S, GAP_S = 0.1, 0.1
 _SPREAD_S = 1.0  # the arrivals: all streams overlap for most of their time
 
 

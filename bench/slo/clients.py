@@ -8,6 +8,7 @@ The clock is the system's monotonic one, which all processes of a host share.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import socket
@@ -71,7 +72,8 @@ def run_clients(
         start = time.monotonic() + _LEAD_S
         for client in clients:
             client.pipe.send(start)
-        return _merged(_collect(clients, watch, start + limit_s))
+        allowed = orders.give_up.allowed if orders.give_up is not None else math.inf
+        return _merged(_collect(clients, watch, start + limit_s, allowed))
     finally:
         for client in clients:
             client.process.kill()
@@ -89,8 +91,8 @@ def shares(orders: Orders, number: int) -> list[Orders]:
         if concurrency is not None:
             concurrency = concurrency // number + (index < concurrency % number)
         give_up = orders.give_up
-        if give_up is not None:  # a share may be the unlucky one: none stops before its time
-            give_up = replace(give_up, allowed=give_up.allowed if number == 1 else math.inf)
+        if give_up is not None and number > 1:  # only all of them together can tell
+            give_up = replace(give_up, allowed=math.inf)
         made.append(
             replace(
                 orders,
@@ -103,8 +105,12 @@ def shares(orders: Orders, number: int) -> list[Orders]:
 
 
 def _collect(
-    clients: Sequence[_Client], watch: Callable[[Progress], None], limit: float
+    clients: Sequence[_Client],
+    watch: Callable[[Progress], None],
+    limit: float,
+    allowed: float,
 ) -> list[Outcome]:
+    told = False
     outcomes: dict[int, Outcome] = {}
     progress = [Progress() for _ in clients]
     by_pipe = {id(client.pipe): index for index, client in enumerate(clients)}
@@ -120,7 +126,13 @@ def _collect(
                 outcomes[index] = message
             elif isinstance(message, Progress):
                 progress[index] = message
-                watch(_summed(progress))
+                summed = _summed(progress)
+                watch(summed)
+                if summed.missed > allowed and not told:
+                    told = True
+                    for client in clients:
+                        with contextlib.suppress(OSError):  # it has just ended
+                            client.pipe.send("stop")
     return [outcomes[index] for index in range(len(clients))]
 
 
@@ -139,6 +151,7 @@ def _summed(parts: Sequence[Progress]) -> Progress:
         done=sum(one.done for one in parts),
         failed=sum(one.failed for one in parts),
         tokens=sum(one.tokens for one in parts),
+        missed=sum(one.missed for one in parts),
         ttfts_ms=tuple(value for one in parts for value in one.ttfts_ms),
     )
 
@@ -165,5 +178,14 @@ def main(descriptor: int, parent: int) -> None:
     start = pipe.recv()
     assert isinstance(start, float)
     load = Load(orders, watch=pipe.send)
+
+    def stop() -> None:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        load.stop()
+
+    async def run() -> Outcome:
+        asyncio.get_running_loop().add_reader(descriptor, stop)  # all that is ever said: stop
+        return await load.run(start)
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        pipe.send(runner.run(load.run(start)))
+        pipe.send(runner.run(run()))

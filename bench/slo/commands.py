@@ -82,6 +82,7 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tolerance", type=float, default=0.05, help="of the rate that is found")
     group.add_argument("--lowest", type=float, default=0.1, help='below it is "not met"')
     group.add_argument("--highest", type=float, default=1000.0)
+    group.add_argument("--min-requests", type=int, default=30, help="a run lasts for so many")
     group.add_argument(
         "--no-tell",
         action="store_true",
@@ -160,12 +161,13 @@ def _positive(name: str, found: int) -> int:
     return found
 
 
-def _search_plan(arguments: argparse.Namespace) -> dict[str, float]:
+def _search_plan(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, low, high in (("target", 0, 1), ("tolerance", 0, 10)):
         found = getattr(arguments, name)
         if not low < found <= high:
             raise ConfigError(f"--{name}: found {found}; allowed: above {low}, up to {high}")
-    names = ("target", "tolerance", "lowest", "highest")
+    _positive("--min-requests", arguments.min_requests)
+    names = ("target", "tolerance", "lowest", "highest", "min_requests")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -219,7 +221,7 @@ def _goodput(arguments: argparse.Namespace) -> int:
 
 
 def _plan(
-    objectives: Sequence[Objectives], tasks: Sequence[Task], search: dict[str, float] | None
+    objectives: Sequence[Objectives], tasks: Sequence[Task], search: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What must stay the same for runs to belong together."""
     plan: dict[str, Any] = {
@@ -287,7 +289,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     return words
 
 
-def _task(arguments: argparse.Namespace, text: str, search: dict[str, float]) -> Task:
+def _task(arguments: argparse.Namespace, text: str, search: dict[str, Any]) -> Task:
     """``W``, ``W@START`` for a search, ``W@R1,R2`` for these rates."""
     workload, _, tail = text.rpartition("@") if "@" in text else (text, "", "1")
     try:

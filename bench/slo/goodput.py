@@ -61,7 +61,9 @@ class Search:
         lagged: dict[float, int] = {}
         while (following := self.following(load, settings)) is not None:
             rate, objectives = following
-            done = self._measure(replace(load, rate=rate), objectives, settings.target)
+            length = settings.duration_s(rate, load.duration_s, load.warmup_s)
+            at_rate = replace(load, rate=rate, duration_s=length)
+            done = self._measure(at_rate, objectives, settings.target)
             if done.fault is not None:
                 lagged[rate] = lagged.get(rate, 0) + 1
                 if lagged[rate] > _RETRIES:

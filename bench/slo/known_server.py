@@ -19,8 +19,6 @@ from typing import Any
 
 from aiohttp import web
 
-_SPIN_S = 0.0012  # a loop's timers are this coarse
-
 
 @dataclass(slots=True)
 class KnownServer:
@@ -95,8 +93,5 @@ async def _write(response: web.StreamResponse, body: dict[str, Any]) -> None:
 
 
 async def _until(due: float) -> None:
-    left = due - time.monotonic()
-    if left > _SPIN_S:
-        await asyncio.sleep(left - _SPIN_S)
-    while time.monotonic() < due:  # noqa: ASYNC110  no event is as exact as the clock
-        await asyncio.sleep(0)
+    """To the loop's own millisecond: what counts is when it was really sent."""
+    await asyncio.sleep(max(0.0, due - time.monotonic()))

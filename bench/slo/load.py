@@ -58,6 +58,7 @@ class Progress:
     done: int = 0
     failed: int = 0
     tokens: int = 0
+    missed: int = 0  # of the objectives to give up for
     ttfts_ms: tuple[float, ...] = ()  # of the latest
 
 
@@ -93,6 +94,13 @@ class Load:
     _late: set[int] = field(default_factory=set)  # open ones whose TTFT has passed
     _next: int = 0
     _gave_up: bool = False
+    _working: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        """Its objectives are out of reach: by its own count, or by that of all clients."""
+        self._gave_up = True
+        if self._working is not None:
+            self._working.cancel()
 
     async def run(self, start: float) -> Outcome:
         """Runs from ``start`` (monotonic seconds) to the end of the last request."""
@@ -106,8 +114,8 @@ class Load:
             async with aiohttp.ClientSession(
                 connector=connector, timeout=aiohttp.ClientTimeout(total=None), read_bufsize=1 << 18
             ) as session:
-                work = asyncio.create_task(self._work(session))
-                judge = asyncio.create_task(self._judge(work))
+                work = self._working = asyncio.create_task(self._work(session))
+                judge = asyncio.create_task(self._judge())
                 with contextlib.suppress(asyncio.CancelledError):
                     await work
                 judge.cancel()
@@ -200,7 +208,7 @@ class Load:
         if start <= done.due < end and not good(done, give_up.objectives):
             self._missed += 1
 
-    async def _judge(self, work: asyncio.Task[None]) -> None:
+    async def _judge(self) -> None:
         give_up = self.orders.give_up
         if give_up is None:
             return
@@ -213,8 +221,7 @@ class Load:
                 if late and start <= one.due < end and key not in self._late:
                     self._late.add(key)
                     self._missed += 1
-        self._gave_up = True
-        work.cancel()
+        self.stop()
 
     async def _until(self, due: float) -> None:
         """To within a turn of the loop. The loop's own timers would be up to 1 ms late."""
@@ -247,6 +254,7 @@ class Load:
             failed=sum(1 for one in self._records if one.failure is not None),
             tokens=sum(one.num_output for one in self._records)
             + sum(len(one.reading.events) for one in self._open.values()),
+            missed=self._missed,
             ttfts_ms=tuple(1e3 * (r.first - r.due) for r in latest if r.first is not None),
         )
 

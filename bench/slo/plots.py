@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .measures import SLO_SCALES, Objectives, attainment, tokens_within, tpot, ttft
 from .records import Record
@@ -165,7 +166,7 @@ class _Sheet:
                             color=self._colour[server],
                             label=_named(server, run),
                         )
-                axis.set_xscale("log")
+                _logarithmic(axis, "x")
                 axis.set_ylim(0, 101)
                 axis.set_title(f"{workload}: {name}", fontsize=9)
                 _label(axis, f"{name}, ms (dotted: the objectives)", "requests below, %")
@@ -210,7 +211,7 @@ class _Sheet:
                         color=self._colour[cell.server],
                         label=cell.server,
                     )
-            axis.set_yscale("log")
+            _logarithmic(axis, "y")
             axis.set_title(workload, fontsize=9)
             _label(axis, "output tokens/s per GPU", "TTFT p90, ms")
         return _done(figure, axes)
@@ -291,6 +292,15 @@ def _panels(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
     )
     made = figure.subplots(rows, columns, squeeze=False)
     return figure, [list(row) for row in made]
+
+
+def _logarithmic(axis: Axes, which: Literal["x", "y"]) -> None:
+    """With plain numbers at 1, 2 and 5."""
+    axis.set(**{f"{which}scale": "log"})
+    ticks = axis.xaxis if which == "x" else axis.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def _label(axis: Axes, below: str, beside: str) -> None:

@@ -26,6 +26,11 @@ class Settings:
     tolerance: float = 0.05
     lowest: float = 0.1
     highest: float = 10_000.0
+    min_requests: int = 30  # of a run: at a low rate it takes longer than it was to
+
+    def duration_s(self, rate: float, duration_s: float, warmup_s: float) -> float:
+        """How long a run at this rate lasts; a share of a handful of requests says nothing."""
+        return max(duration_s, warmup_s + self.min_requests / rate)
 
 
 @dataclass(frozen=True, slots=True)

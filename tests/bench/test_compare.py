@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 
 from pdserve.bench.slo import commands, report
+from pdserve.bench.slo.clients import run_clients
 from pdserve.bench.slo.compare import Entry, turned
 from pdserve.bench.slo.folder import Folder
 from pdserve.bench.slo.greedy import Difference, differences
 from pdserve.bench.slo.known_server import KnownServer
+from pdserve.bench.slo.load import GiveUp, Orders
 from pdserve.bench.slo.measures import Objectives
 from pdserve.bench.slo.records import Cause, ClientHealth, Record
 from pdserve.bench.slo.runs import LoadSpec, Run
 from pdserve.bench.slo.servers import Server
+from pdserve.bench.slo.stream import Target
+from pdserve.bench.slo.workloads import Ask, Session
 from pdserve.core.errors import ConfigError
 
 
@@ -58,6 +62,14 @@ def test_a_run_is_kept_whole(url: str, tmp_path: Path) -> None:
     assert [r.index for r in run.records] == list(range(len(run.records)))
     (cell,) = json.loads((out / "report.json").read_bytes())["cells"]
     assert cell["runs"][0]["summary"]["num_requests"] == len(run.counted())
+
+
+def test_clients_give_up_by_what_they_missed_together(url: str) -> None:
+    sessions = tuple((i, Session(i * 0.02, (Ask((1, 2), 3),))) for i in range(1000))
+    give_up = GiveUp(Objectives(1, 1), allowed=15)  # ms: the server takes 10
+    orders = Orders(Target(url, "known"), sessions, (0.0, 20.0), give_up=give_up)
+    outcome = run_clients(orders, 2, lambda progress: None, limit_s=60.0)
+    assert outcome.gave_up and 15 < len(outcome.records) < 900
 
 
 def test_a_report_holds_definitions_and_pictures(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_it_measures_what_the_server_did() -> None:
         assert record.failure is None and record.num_output == 5
         assert record.server is not None
         sent = record.server["sent"]
-        assert (ttft(record) or 0) >= 0.03  # due, and not when it was sent
+        assert (ttft(record) or 0) >= 0.028  # timers of a loop may be early by 1 ms
         measured = tpot(record)
         assert measured is not None
         # What is on the clock can be late on a busy machine, and is late for both then.

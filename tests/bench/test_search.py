@@ -88,6 +88,12 @@ def test_the_highest_rate_is_only_a_bound() -> None:
     assert found.words == ">= 64"
 
 
+def test_a_slow_run_lasts_until_it_can_tell() -> None:
+    settings = Settings(start=1.0, min_requests=30)
+    assert settings.duration_s(10.0, 20.0, 2.0) == 20.0
+    assert settings.duration_s(0.5, 20.0, 2.0) == 62.0
+
+
 def test_a_lucky_rate_above_a_miss_does_not_count() -> None:
     assert bracket({4.0: 1.0, 5.0: 0.8, 6.0: 0.95}, Settings(start=1.0)).met == 4.0
 
