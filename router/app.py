@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 _MAX_IGNORED_SHOWN = 32  # names of fields
 _MAX_PROMPT_LOGGED = 2000  # characters
 
+GONE = "499"  # the status of a call whose client went first
+
 _TRACE = web.RequestKey("trace", Trace)
 _METRICS = web.AppKey("metrics", Metrics)
 _CALLERS = web.AppKey("callers", Callers)
@@ -213,7 +215,7 @@ class _Handlers:
 async def _traced(request: web.Request, handler: Handler) -> web.StreamResponse:
     """A name for each request, one envelope for each error, one line of log for each call."""
     trace = request[_TRACE] = Trace(secrets.token_hex(12))
-    status = "-"
+    status = GONE  # where nobody waits for another
     connection = request.protocol
     assert isinstance(connection, Connection)
     connection.begin()
@@ -226,7 +228,7 @@ async def _traced(request: web.Request, handler: Handler) -> web.StreamResponse:
             response = await handler(request)
         except ClientGone as gone:
             trace.outcome = f"client gone: {gone}"
-            return web.Response(status=499)  # which nobody reads
+            return web.Response(status=int(GONE))  # which nobody reads
         except web.HTTPException as error:
             response = error_response(of_http(error))
             if "Allow" in error.headers:
@@ -256,9 +258,9 @@ def _count(request: web.Request, trace: Trace, status: str) -> None:
     metrics = request.app[_METRICS]
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else "other"
-    metrics.response(path, "499" if status == "-" else status)
+    metrics.response(path, status)
     asked = request.method == "POST" and path.startswith("/v1/")
-    if asked and not trace.num_prompt_tokens and status.startswith(("4", "5")):
+    if asked and not trace.num_prompt_tokens and status != GONE and status.startswith(("4", "5")):
         metrics.refused(trace.refusal)
 
 

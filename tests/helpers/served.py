@@ -146,7 +146,7 @@ def ready_url(process: subprocess.Popen[str], limit_s: float = START_LIMIT_S) ->
         selector.register(process.stdout, selectors.EVENT_READ)
         while selector.select(max(0.0, end - time.monotonic())):
             line = process.stdout.readline()
-            if found := re.search(r"ready: (http://[\w.:]+)", line):
+            if found := re.search(r"ready: (https?://[\w.:]+)", line):
                 return found[1]
             if not line:
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -249,7 +250,9 @@ def test_rubbish_on_the_control_socket_harms_nobody(caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("stage", ["queued", "placed", "streaming"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_is_over_on_both_sides(stage: str, stream: bool) -> None:
+def test_a_client_that_hangs_up_is_over_on_both_sides(
+    stage: str, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         async with split(router=DISAGGREGATED) as (up, prefill, decode):
             prefill.hold_tokens = stage == "placed"
@@ -273,7 +276,9 @@ def test_a_client_that_hangs_up_is_over_on_both_sides(stage: str, stream: bool) 
                 key = prefill.placed[0].key
                 await until(lambda: prefill.aborted == decode.aborted == [key])
 
-    run(main())
+    with caplog.at_level(logging.INFO, "pdserve.router.app"):
+        run(main())
+    assert "POST /v1/completions 499 client gone;" in caplog.text
 
 
 def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
