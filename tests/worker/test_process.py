@@ -46,15 +46,15 @@ FILE = """
 model: {path: none}
 engine: simulated
 kv: {memory: 1MiB}
-kv_transfer: {medium: %s}
+kv_transfer: {medium: %s, lease_s: %g}
 """
 
 
 class Workers:
     """A router's socket, and the processes that have joined it."""
 
-    def __init__(self, folder: Path, medium: str = "auto") -> None:
-        self._file = deployment(folder, FILE % medium)
+    def __init__(self, folder: Path, medium: str = "auto", lease_s: float = 10.0) -> None:
+        self._file = deployment(folder, FILE % (medium, lease_s))
         self._card = folder / "card.json"
         ModelCard("none", str(folder), "f" * 32, "simulated", 512, 1024, (0,)).save(self._card)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -233,6 +233,42 @@ def test_a_peer_that_is_killed_is_noticed_and_its_memory_let_go(workers: Workers
     place = workers.place(prefill, Task.PREFILL, again, 40, decode)
     tokens = workers.answer(again)
     assert [tokens[index] for index in sorted(tokens)] == expected(place)
+
+
+@pytest.mark.parametrize("medium", ["shm", "tcp"])
+def test_a_receiver_that_is_killed_or_stopped_holds_up_nobody_else(
+    tmp_path: Path, medium: str
+) -> None:
+    """P gives up what was meant for it, and has its blocks back; then D goes on, or is new."""
+    workers = Workers(tmp_path, medium, lease_s=2.0)
+    try:
+        prefill, decode = workers.start(Role.PREFILL), workers.start(Role.DECODE)
+        process = workers.processes[decode]
+        for stroke in (signal.SIGSTOP, signal.SIGKILL):
+            process.send_signal(stroke)
+            for _ in range(3):
+                workers.place(prefill, Task.PREFILL, key(), 300, decode)
+            num_failed = [0]
+
+            def all_failed(_: str, message: ToRouter, num_failed: list[int] = num_failed) -> bool:
+                num_failed[0] += isinstance(message, AttemptFailed)
+                return num_failed[0] == 3
+
+            workers.until(all_failed)
+            workers.live[prefill].clear()
+            workers.at_rest(prefill)
+            if stroke == signal.SIGSTOP:
+                process.send_signal(signal.SIGCONT)
+        process.wait()
+        workers.start(Role.DECODE)
+        split = key()
+        workers.live[decode].clear()
+        workers.place(decode, Task.DECODE, split, 300, prefill)
+        place = workers.place(prefill, Task.PREFILL, split, 300, decode)
+        tokens = workers.answer(split)
+        assert [tokens[index] for index in sorted(tokens)] == expected(place)
+    finally:
+        workers.close()
 
 
 def test_a_signal_ends_it_with_goodbye(workers: Workers) -> None:
