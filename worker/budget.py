@@ -17,10 +17,11 @@ class _Defaults:
     prompt_slots: int
 
 
-# A decode worker's chunks are small: each delays a token of every stream in its batch. A CPU
-# gains nothing from long ones, and whoever hangs up waits for the step in flight.
+# The most there may be: beside a batch the chunks are as small as its streams need them
+# (``prefill.pace``). A CPU gains nothing from long ones, and whoever hangs up waits for the step
+# in flight; a decode worker's are small there, for a step takes long.
 _ON_CPU = _Defaults({Role.PREFILL: 128, Role.DECODE: 64, Role.MIXED: 128}, 32, 8)
-_ON_GPU = _Defaults({Role.PREFILL: 2048, Role.DECODE: 256, Role.MIXED: 2048}, 256, 64)
+_ON_GPU = _Defaults({Role.PREFILL: 2048, Role.DECODE: 2048, Role.MIXED: 2048}, 256, 64)
 
 
 @dataclass(frozen=True, slots=True)

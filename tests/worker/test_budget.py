@@ -12,10 +12,13 @@ def limits(max_slots: int, max_step_tokens: int) -> EngineLimits:
     return EngineLimits(max_slots, 100, max_step_tokens, 10, (0,))
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_a_decode_worker_takes_smaller_chunks(on_gpu: bool) -> None:
-    chunk = {role: Budget.of(role, PoolSection(), on_gpu=on_gpu).chunk_tokens for role in Role}
-    assert chunk[Role.DECODE] < chunk[Role.MIXED] == chunk[Role.PREFILL]
+def test_a_decode_worker_takes_smaller_chunks_where_steps_are_long() -> None:
+    chunks = {
+        on_gpu: [Budget.of(role, PoolSection(), on_gpu=on_gpu).chunk_tokens for role in Role]
+        for on_gpu in (True, False)
+    }
+    assert list(Role) == [Role.PREFILL, Role.DECODE, Role.MIXED]
+    assert chunks == {True: [2048, 2048, 2048], False: [128, 64, 128]}
 
 
 def test_the_file_overrules_the_role() -> None:
