@@ -104,7 +104,7 @@ class _Handlers:
         if front.log_prompts:
             _log_prompts(call, trace)
         front.check(call)
-        caller.pay(call.num_choices - 1)
+        caller.pay(call.num_choices - 1, of=call.num_choices)
         with caller.running(call.num_choices), front.service.admitted(call.num_choices):
             generations = await front.generate(
                 call, trace.call_id, trace.started, request.headers.get("traceparent")

@@ -40,11 +40,12 @@ class Caller:
         self._counted = clock()
         self._num_running = 0
 
-    def pay(self, num_requests: int) -> None:
-        """Raises Unavailable where the minute is used up, RequestError where it never has room."""
+    def pay(self, num_requests: int, of: int = 1) -> None:
+        """For a call of ``of`` requests, some of which may be paid already. Raises Unavailable
+        where the minute is used up, RequestError where no minute has room for the call."""
         if self._per_minute is None or num_requests == 0:
             return
-        if num_requests >= self._per_minute and num_requests > 1:
+        if of > self._per_minute:
             raise self._too_many(f"{self._per_minute} requests a minute")
         now = self._clock()
         rate = self._per_minute / _MINUTE_S

@@ -42,7 +42,10 @@ def test_a_minute_is_used_up_and_comes_back_evenly() -> None:
     with pytest.raises(Unavailable):
         caller.pay(1)
     with pytest.raises(RequestError) as never:
-        caller.pay(7)
+        caller.pay(6, of=7)
+    assert never.value.status == 400
+    with pytest.raises(RequestError) as never:
+        Caller("bob", clock, requests_per_minute=1).pay(1, of=2)
     assert never.value.status == 400
 
 
