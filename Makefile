@@ -39,7 +39,7 @@ BENCH := bench-cpu
 bench: $(READY)
 	$(BIN)/pdserve bench engine --config $(CONFIG)
 	$(BIN)/pdserve bench compare configs/bench-cpu-colocated.yaml configs/bench-cpu-split.yaml \
-	  configs/bench-cpu-adaptive.yaml --workload 64/24@2 --slo 1000/150 --vocab 49152 \
+	  configs/bench-cpu-adaptive.yaml --workload 64/24@1.5 --slo 2000/200 --vocab 49152 \
 	  --duration 15 --warmup 2 --tolerance 0.25 --lowest 0.5 --highest 16 --min-requests 20 --out $(BENCH)
 
 clean:

@@ -212,3 +212,36 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a folder of"):
         Folder.make(tmp_path)
         commands.main("compare", ["--resume", str(tmp_path)])
+
+
+SIMULATED = """
+model: {path: tiny, load: dummy}
+engine: simulated
+pools:
+  prefill: {workers: 1, device: cpu}
+  decode: {workers: 1, device: cpu}
+"""
+
+
+def test_deployments_are_brought_up_agree_and_tell_their_stages(tmp_path: Path) -> None:
+    file = tmp_path / "simulated.yaml"
+    file.write_text(SIMULATED)
+    out = tmp_path / "results"
+    # Rates in a list are run and not searched: no attainment is asked of a busy machine.
+    load = ["--workload", "20/4@8,16", "--vocab", "256", "--duration", "1.2", "--warmup", "0.2"]
+    names = [f"a={file}", f"b={file}"]
+    assert commands.main("compare", [*names, *load, "--out", str(out)]) == 0
+    folder = Folder.existing(out)
+    runs = folder.runs()
+    assert [(run.server.name, run.load.rate) for run in runs] == [
+        (name, rate) for name in "ab" for rate in (8.0, 16.0)
+    ]
+    assert all(run.server.ours and run.server.num_gpus == 2 for run in runs)
+    answers = folder.answers()
+    assert list(answers) == ["a", "b"] and differences(answers) == []
+    assert all(len(tokens) == 32 for tokens in answers["a"])
+    assert "Greedy answers agree token for token: a, b." in (out / "report.md").read_text()
+    for run in runs:
+        for record in run.records:
+            assert record.failure is None and record.server is not None, record
+        assert {"prefill", "hand_over", "network"} <= report.stage_medians(run).keys()
