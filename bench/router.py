@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import random
 import statistics
@@ -59,7 +60,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="pairs of router and bare server")
     parser.add_argument("--out", type=Path, help="write the report there as well, JSON")
     arguments = parser.parse_args(argv)
-    report: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
+    report: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average_before": os.getloadavg()[0],  # what else ran: it is in the times, not in CPU
+    }
     if arguments.only in (None, "decide"):
         report["decide"] = [decide(length) for length in _PROMPTS]
     if arguments.only in (None, "streams"):
