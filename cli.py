@@ -251,6 +251,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from .core.api_keys import all_keys
+    from .core.tls import tls_context
 
     deployment = _deployment(arguments)
     if deployment.router.control is not None:
@@ -258,6 +259,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
         require_safe_bind(deployment.router.control, deployment.security)
     all_keys(deployment.security.api_keys)
+    tls_context(deployment.security)
     pools = deployment.pools
     print(
         f"{arguments.file}: right: {deployment.model.path} on {pools.prefill.workers} prefill, "

@@ -7,14 +7,14 @@ import asyncio
 import contextlib
 import logging
 import resource
-import ssl
 from collections.abc import AsyncIterator
 from functools import partial
 
 from aiohttp import web
 
-from ..core.config import Deployment, SecuritySection
-from ..core.errors import ConfigError, StartupError
+from ..core.config import Deployment
+from ..core.errors import StartupError
+from ..core.tls import tls_context
 from .connections import Connection, Limits
 
 _BACKLOG = 1024  # connections that wait to be taken
@@ -31,7 +31,7 @@ async def listening(
     Raises ConfigError for a certificate that can't be used, StartupError for a taken port.
     """
     router = deployment.router
-    tls = _tls(deployment.security)
+    tls = tls_context(deployment.security)
     limits = Limits(router.max_connections, router.header_timeout_s)
     _allow_files(router.max_connections + _SPARE_FILES)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=_CLOSING_S)
@@ -67,21 +67,6 @@ async def listening(
             server.close()
     finally:
         await runner.cleanup()
-
-
-def _tls(security: SecuritySection) -> ssl.SSLContext | None:
-    if security.tls_cert is None or security.tls_key is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(security.tls_cert, security.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"security.tls_cert, security.tls_key: {security.tls_cert} and {security.tls_key} "
-            f"are no certificate with its key: {error.strerror or error}"
-        ) from error
-    return context
 
 
 def _allow_files(number: int) -> None:

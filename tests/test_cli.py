@@ -160,6 +160,21 @@ def test_wrong_use_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFi
     assert "usage: pdserve" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("security.api_keys=missing.yaml", "security.api_keys: missing.yaml: no such file"),
+        ("security.tls_cert=missing.pem", "give both, or neither"),
+        ("security={tls_cert: a.pem, tls_key: b.pem}", "a.pem and b.pem are no certificate"),
+    ],
+)
+def test_files_that_it_names_are_looked_at(
+    setting: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", str(SMOLLM2), "--set", setting]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_keys_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "keys"
     assert cli.main(["keys", "new", str(folder)]) == 0

@@ -16,8 +16,8 @@ from fake_worker import text_of
 from router_net import MODEL, Router, deployment, run, split, until
 
 from pdserve.core.errors import ConfigError
+from pdserve.core.tls import tls_context
 from pdserve.deploy import fetch
-from pdserve.router import listener
 from pdserve.router.connections import Connection
 
 PLAIN = "/v1/completions"
@@ -212,4 +212,4 @@ def test_files_that_are_no_certificate(tmp_path: Path) -> None:
             path.touch()
         security = deployment(security={"tls_cert": str(path), "tls_key": str(path)}).security
         with pytest.raises(ConfigError, match=r"security\.tls_cert"):
-            listener._tls(security)
+            tls_context(security)
