@@ -320,7 +320,8 @@ def _finish(folder: Folder) -> None:
         live.tell(f"no plots: {error.name} is not installed (pip install 'pdserve[bench]')")
     else:
         page.write(folder, found)
-    print(report.markdown(found).split("## Definitions")[0].rstrip())
+    shown = "## A closer look" if len(found["cells"]) > 1 else "## Definitions"
+    print(report.markdown(found).split(shown)[0].rstrip())
     live.tell(f"in {folder.path}: report.md, report.html, report.json, and every run")
 
 

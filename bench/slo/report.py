@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import details
 from .folder import Folder
 from .greedy import differences
 from .measures import DEFINITIONS, SLO_SCALES, Objectives, attainment
@@ -173,6 +174,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += _greedy_lines(report["greedy"])
     lines += _capacity_lines(report)
     lines += _run_lines(report)
+    lines += details.lines(report)
     lines += ["## Definitions", "", "| measure | formula | note |", "|---|---|---|"]
     lines += [f"| {d['name']} | `{d['formula']}` | {d['note']} |" for d in report["definitions"]]
     return "\n".join(lines) + "\n"

@@ -148,6 +148,10 @@ def test_capacities_stand_side_by_side_for_each_gpu(tmp_path: Path) -> None:
     text = report.markdown(report.build(folder))
     assert "| 8/1 | 500/30 | 2 | 4 |" in text  # 4/s on two GPUs, 4/s on one
     assert "| 8/1 | 100/30 | not met | 4 |" in text
+    # Of the fastest run of each: 0.9 s are met at twice 500 ms, and at no scale of 100.
+    assert "### a, 8/1, 6/s" in text
+    assert "| 500/30 | 0% | 0% | 0% | 0% | 0% | 0% | 100% | 100% | 100% |" in text
+    assert "| TTFT | 60 | 900 | 900 [900, 900] | 900 [900, 900] |" in text
 
 
 def test_a_run_told_of_one_pair_says_nothing_of_another(tmp_path: Path) -> None:
