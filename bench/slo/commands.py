@@ -321,7 +321,7 @@ def _finish(folder: Folder) -> None:
     else:
         page.write(folder, found)
     shown = "## A closer look" if len(found["cells"]) > 1 else "## Definitions"
-    print(report.markdown(found).split(shown)[0].rstrip())
+    print(report.markdown(found).split("## Definitions")[0].split(shown)[0].rstrip())
     live.tell(f"in {folder.path}: report.md, report.html, report.json, and every run")
 
 

@@ -103,10 +103,14 @@ class _Sheet:
                             color=self._colour[cell.server],
                             label=cell.server,
                         )
+                    hopeless = _given_up(cell, objectives)
+                    colour = self._colour[cell.server]
+                    at = [rate / cell.num_gpus for rate in hopeless]
+                    axis.plot(at, [0.0] * len(at), ls="", marker="x", ms=5, color=colour)
                 axis.set_title(f"{workload}, {objectives} ms", fontsize=9)
                 axis.set_ylim(-3, 103)
                 axis.set_xlim(left=0)
-                _label(axis, "requests/s per GPU", "both met, %")
+                _label(axis, "requests/s per GPU (x: given up)", "both met, %")
         return _done(figure, axes)
 
     def slo_scale(self) -> Figure:
@@ -244,6 +248,15 @@ def _points(cell: Cell, objectives: Objectives) -> dict[float, float]:
             if share is not None:
                 found.setdefault(run.load.rate, []).append(share)
     return {rate: float(np.mean(shares)) for rate, shares in found.items()}
+
+
+def _given_up(cell: Cell, objectives: Objectives) -> list[float]:
+    """The rates at which these objectives were out of reach."""
+    return [
+        run.load.rate
+        for run in cell.runs
+        if run.load.rate is not None and run.gave_up is not None and run.attained(objectives) == 0
+    ]
 
 
 def _pareto_point(run: Run) -> tuple[float, float, float] | None:
