@@ -155,13 +155,18 @@ def test_a_prefill_worker_killed_in_mid_prompt_costs_a_pause(own: Own) -> None:
 
 def test_a_stopped_worker_is_left_for_another_and_comes_back(own: Own) -> None:
     expected, epochs = own.expected(PROMPT, 64), own.epochs()
+    own.server.at_rest()
     stopped: list[str] = []
     begun = time.monotonic()
 
     def stop() -> None:
-        busy = [name for name, worker in own.server.workers().items() if worker["running"]]
-        stopped.extend(busy)
-        own.signal(signal.SIGSTOP, *busy)
+        def found() -> bool:  # its beat is up to half a second late
+            workers = own.server.workers()
+            stopped.extend(name for name, worker in workers.items() if worker["running"])
+            return bool(stopped)
+
+        own.server.wait_for("a worker writes the answer", found, 5.0)
+        own.signal(signal.SIGSTOP, *stopped)
 
     try:
         assert own.ask(PROMPT, 64, None, stop) == expected
