@@ -33,7 +33,7 @@ def test_a_report(tmp_path: Path) -> None:
 
 def test_what_arrives_beside_a_batch(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    options = ["--batch", "2", "--model", "tiny", "--tokens", "64", "--seconds", "0.2"]
+    options = ["--batch", "2", "--model", "tiny", "--tokens", "64", "--seconds", "0.6"]
     assert transfer.main([*options, "--memory", "64MiB", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert (report["medium"], report["batch"]) == ("shm", 2)
