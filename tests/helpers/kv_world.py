@@ -283,7 +283,8 @@ class World:
         """One block after the other; after the last one it is confirmed, or worth nothing."""
         if len(copied) < len(effect.theirs):
             copied.append(self.of_p[effect.theirs[len(copied)]])
-            delay = self.random.uniform(0, self.faults.max_rim_delay)
+            # All blocks together take as long as a read may: many slow ones outlast the test.
+            delay = self.random.uniform(0, self.faults.max_rim_delay) / len(effect.theirs)
             self.later(delay, lambda: self._pull(effect, copied))
             return
         ok = self.generations.are(effect.theirs, effect.generations)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from pdserve.core.ids import Task, WorkerRef
+from pdserve.core.ids import Role, Task, WorkerRef
 from pdserve.core.messages import Abort, Key, Place, TokenBatch
 from pdserve.core.params import SamplingParams
 from pdserve.core.plan import Engine, StepHandle
@@ -46,11 +46,13 @@ def run_load(engine: Engine, requests: Sequence[Asked], rng: Random, *, at_once:
     layout, limits = engine.kv.layout, engine.limits
     settings = TransferSettings(layout.block_size, layout.block_bytes)
     handshake = Handshake(WorkerRef("w", 1), "token", "a model", layout)
+    budget = Budget(70, max_batch=limits.max_slots - 2, prompt_slots=2, growth_tokens=0)
     core = WorkerCore(
-        Budget(chunk_tokens=70, max_batch=limits.max_slots - 2, prompt_slots=2, growth_tokens=0),
+        Role.MIXED,
+        dict.fromkeys(Role, budget),
         limits,
         layout,
-        Sender(settings, handshake),
+        Sender(settings, handshake, engine.kv.generations),
         Receiver(settings),
         salt=b"a deployment",
     )
