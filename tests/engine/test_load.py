@@ -6,7 +6,6 @@ from pathlib import Path
 from random import Random
 
 import tiny_models
-import torch
 from load import random_requests, run_load
 from tiny_models import Answers
 from transformers import LlamaConfig
@@ -33,6 +32,4 @@ def test_survivors_get_their_tokens(tmp_path: Path) -> None:
     assert 30 < len(survivors) < 60
     for asked in survivors:
         assert len(asked.drawn) == asked.num_output
-        logits = reference.logits([*asked.prompt, *asked.drawn])[len(asked.prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(asked.drawn)[:, None])[:, 0]
-        assert float((logits.max(-1).values - chosen).max()) < 1e-4
+        assert reference.largest_gap(asked.prompt, asked.drawn) < 1e-3

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from tiny_models import Answers, random_prompt
+from tiny_models import SIZES, Answers, random_prompt
 from transformers import (
     LlamaConfig,
     MistralConfig,
@@ -29,16 +28,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": tiny_models.VOCAB,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "eos_token_id": 7,
-}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=32),
@@ -73,13 +62,6 @@ def ids(tokens: Sequence[SampledToken]) -> list[int]:
     return [token.token_id for token in tokens]
 
 
-def largest_gap(reference: Answers, prompt: list[int], tokens: list[int]) -> float:
-    """Teacher-forced: every token given those that were chosen before it."""
-    logits = reference.logits([*prompt, *tokens])[len(prompt) - 1 : -1]  # [T, vocab]
-    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    return float(((logits.max(-1).values - chosen) / logits.std(-1)).max())
-
-
 @pytest.mark.parametrize("graphs", [True, False])
 def test_tokens_are_the_references_best(
     graphs: bool, dtype: str, folder: Path, reference: Answers, monkeypatch: pytest.MonkeyPatch
@@ -93,7 +75,7 @@ def test_tokens_are_the_references_best(
     driver = StepDriver(engine, blocks)
     found = driver.run(prompts, [GREEDY] * len(prompts), chunk_tokens=90)
     for prompt, tokens in zip(prompts, found, strict=True):
-        assert largest_gap(reference, prompt, ids(tokens)) < GAPS[dtype], len(prompt)
+        assert reference.largest_gap(prompt, ids(tokens)) < GAPS[dtype], len(prompt)
     again = driver.run(prompts, [GREEDY] * len(prompts), chunk_tokens=90)
     assert [ids(tokens) for tokens in again] == [ids(tokens) for tokens in found]
 
@@ -130,7 +112,7 @@ def test_padding_rows_do_no_harm(dtype: str, folder: Path, reference: Answers) -
     for rows in (3, 5, 7):
         found = StepDriver(engine).run(prompts[:rows], [GREEDY] * rows)
         for prompt, tokens in zip(prompts, found, strict=False):
-            assert largest_gap(reference, prompt, ids(tokens)) < GAPS[dtype]
+            assert reference.largest_gap(prompt, ids(tokens)) < GAPS[dtype]
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -190,7 +172,7 @@ def test_blocks_go_to_a_cpu_and_back(folder: Path, reference: Answers) -> None:
         for step in range(12):
             tokens += one_step(target, sequence, Row(4, 45 + step, 1))
             sequence = None
-        assert largest_gap(reference, prompt, tokens) < GAPS["fp32"]
+        assert reference.largest_gap(prompt, tokens) < GAPS["fp32"]
 
 
 def test_bytes_of_a_pool(dtype: str, folder: Path) -> None:

@@ -19,6 +19,17 @@ from pdserve.engine.model import Heads
 from pdserve.engine.shape import eos_token_ids, read_shape
 
 VOCAB = 307
+# Large enough for a GPU's kernels, small enough for a reference on the CPU.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "eos_token_id": 7,
+}
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
@@ -96,6 +107,13 @@ class Answers:
         """``[T, vocab]`` for every position."""
         found: torch.Tensor = self.model(torch.tensor([list(tokens)])).logits[0]
         return found
+
+    def largest_gap(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+        """How far a token's logit lies under the best, in standard deviations of the logits;
+        teacher-forced: every token given those that were chosen before it."""
+        logits = self.logits([*prompt, *tokens])[len(prompt) - 1 : -1]  # [T, vocab]
+        chosen = logits.gather(1, torch.tensor(list(tokens))[:, None])[:, 0]
+        return float(((logits.max(-1).values - chosen) / logits.std(-1)).max())
 
 
 def random_prompt(length: int, seed: int, vocab: int = VOCAB) -> list[int]:
