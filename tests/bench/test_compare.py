@@ -224,6 +224,7 @@ engine: simulated
 pools:
   prefill: {workers: 1, device: cpu}
   decode: {workers: 1, device: cpu}
+router: {policy: disaggregated}
 """
 
 

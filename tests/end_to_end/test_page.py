@@ -10,12 +10,14 @@ from pathlib import Path
 from browser import FLAGS, chromium
 from served import deployment, serve
 
+# Split whatever the workers' measured times say: the answer's steps have a hand-over among them.
 SIMULATED = """
 model: {path: tiny, load: dummy}
 engine: simulated
 pools:
   prefill: {workers: 1, device: cpu}
   decode: {workers: 1, device: cpu}
+router: {policy: disaggregated}
 """
 
 
