@@ -281,9 +281,7 @@ def read_conversations(path: Path) -> list[tuple[Ask, ...]]:
                 '{"messages": [{"role", "content"}]} or {"conversations": [{"from", "value"}]}'
             ) from None
         asks = tuple(
-            Ask(
-                tuple(messages[:index]), estimated(message["content"]), _THINK_S if index > 2 else 0
-            )
+            _recorded(messages, index)
             for index, message in enumerate(messages)
             if message["role"] == "assistant" and index
         )
@@ -295,9 +293,10 @@ def read_conversations(path: Path) -> list[tuple[Ask, ...]]:
 
 
 def _recorded(messages: Sequence[dict[str, str]], index: int) -> Ask:
-    """The request that message ``index`` answered."""
-    think = _THINK_S if any(one["role"] == "assistant" for one in messages[:index]) else 0.0
-    return Ask(tuple(messages[:index]), estimated(messages[index]["content"]), think)
+    """The request that message ``index`` answered; a pause before it if it is not the first."""
+    before = messages[:index]
+    think = _THINK_S if any(one["role"] == "assistant" for one in before) else 0.0
+    return Ask(tuple(before), estimated(messages[index]["content"]), think)
 
 
 def _messages(data: dict[str, Any]) -> list[dict[str, str]]:

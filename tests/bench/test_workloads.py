@@ -122,7 +122,12 @@ def test_a_trace_is_replayed_faster_or_at_a_rate(tmp_path: Path) -> None:
 def test_conversations_become_requests_with_what_was_said(tmp_path: Path) -> None:
     file = tmp_path / "talks.jsonl"
     turns = [("human", "hello"), ("gpt", "x" * 40), ("human", "more"), ("gpt", "y" * 8)]
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "z" * 20}]
+    rules = [{"role": "system", "content": rule} for rule in ("be brief", "be kind")]
+    messages = [
+        *rules,
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "z" * 20},
+    ]
     lines = [
         {"conversations": [{"from": who, "value": text} for who, text in turns]},
         {"messages": messages},
@@ -132,7 +137,8 @@ def test_conversations_become_requests_with_what_was_said(tmp_path: Path) -> Non
     assert [ask.num_output for ask in first.asks] == [10, 2]
     assert [len(ask.prompt) for ask in first.asks] == [1, 3]
     assert [ask.think_s > 0 for ask in first.asks] == [False, True]
-    assert second.asks[0].prompt == ({"role": "user", "content": "hi"},)
+    assert second.asks[0].prompt == (*rules, {"role": "user", "content": "hi"})
+    assert second.asks[0].think_s == 0  # nothing was answered before
     file.write_text('{"messages": 3}')
     with pytest.raises(ConfigError, match="line 1 is no conversation"):
         sessions(f"conversations:{file}")
