@@ -32,6 +32,7 @@ from ..simulation.compare import (
     guess_of,
     load_of,
     progress,
+    read,
     run,
     table,
 )
@@ -107,19 +108,25 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def _table(options: argparse.Namespace) -> dict[str, Any]:
+    """What is in ``--out`` already survives an interruption and is not run again."""
     spec = replace(eight_b_on_h200(), slowdown=options.slowdown, jitter=options.jitter)
-    cells, rows = _cells(options), list[Row]()
+    cells, out = _cells(options), options.out
+    kept = read(out, spec) if out is not None and out.exists() else {}
+    rows = {cell: kept[cell] for cell in cells if cell in kept}
 
     def each(row: Row) -> None:
         progress(row)
-        rows.append(row)
-        if options.out is not None:  # what is there survives an interruption
-            done = sorted(rows, key=lambda one: cells.index(one.cell))
-            options.out.write_text(json.dumps(as_json(done, spec), indent=1) + "\n")
+        rows[row.cell] = row
+        if out is not None:
+            out.write_text(json.dumps(as_json(done(), spec), indent=1) + "\n")
 
-    found = run(cells, spec, options.traces, options.processes, ours=not options.no_own, each=each)
-    print(table(found))
-    return as_json(found, spec)
+    def done() -> list[Row]:
+        return [rows[cell] for cell in cells if cell in rows]
+
+    left = [cell for cell in cells if cell not in rows]
+    run(left, spec, options.traces, options.processes, ours=not options.no_own, each=each)
+    print(table(done()))
+    return as_json(done(), spec)
 
 
 def _prefix(options: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +189,7 @@ def _forecast(options: argparse.Namespace) -> dict[str, Any]:
     spec = replace(eight_b_on_h200(), slowdown=options.slowdown, jitter=options.jitter)
     result: dict[str, Any] = {}
     for cell in _cells(options):
-        at, fleet = load_of(cell, options.traces), adaptive(cell.gpus, spec)
+        at, fleet = load_of(cell, spec, options.traces), adaptive(cell.gpus, spec)
         guess = guess_of(cell, spec, options.traces)
         capacity = find(fleet, at, guess, least=guess / 64, seed=cell.seed).rate
         if not capacity:

@@ -1,10 +1,19 @@
-"""The rate at which a share of the requests still meets both objectives."""
+"""The rate at which a share of the requests still meets both objectives.
+
+Of one fleet, or of the best of several. Both are looked for alike: a rate that somebody survives
+is a floor, one that nobody survives a ceiling, and whoever has not survived the floor is out of the
+race. So of many fleets only those near the best are run often, and what is hopeless is
+given up early in its run.
+"""
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .run import Fleet, Outcome, simulate
 from .workload import Arrival
@@ -12,59 +21,151 @@ from .workload import Arrival
 ATTAINMENT = 0.9
 _STEP = 1.15  # from one rate to the next while the capacity is not bracketed
 _FARTHEST = 1e6  # nothing finds the end of a load that costs nothing
-_WIDTH = 1.012  # of the bracket in the end
+_WIDTH = 1.03  # of the bracket, in which the capacity is then interpolated
+_BLOCKS = 24  # of a run, drawn anew for an interval: neighbours share their queues
+_DRAWS = 400
+
+LoadAt = Callable[[float], Sequence[Arrival]]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One whole run: at ``rate``, whether each request was good, in the order of their coming."""
+
+    rate: float
+    good: tuple[bool, ...]
+
+    @property
+    def attainment(self) -> float:
+        return sum(self.good) / len(self.good)
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """``rate`` in requests a second; 0 where not even one at a time meets the objectives."""
+    """``rate`` in requests a second; 0 where not even one at a time meets the objectives.
+    ``fleet`` reaches it; ``low`` and ``high`` are its runs on both sides of it."""
 
     rate: float
-    outcome: Outcome | None
     runs: int
+    fleet: Fleet | None = None
+    low: Point | None = None
+    high: Point | None = None
 
 
-def survives(fleet: Fleet, load: Sequence[Arrival], seed: int = 0) -> bool:
-    outcome = simulate(fleet, load, seed, give_up_below=ATTAINMENT)
-    return not outcome.cut and outcome.attainment >= ATTAINMENT
+@dataclass(slots=True)
+class _Racer:
+    fleet: Fleet
+    failed_at: float = math.inf  # the lowest rate that it did not survive
+    got: int = 0  # how far it came there
 
 
-def find(
-    fleet: Fleet,
-    load_at: Callable[[float], Sequence[Arrival]],
-    guess: float,
-    *,
-    least: float,
-    seed: int = 0,
+@dataclass(slots=True)
+class _Race:
+    racers: list[_Racer]  # the most promising first
+    load_at: LoadAt
+    seed: int
+    runs: int = 0
+    best: _Racer | None = None
+    low: Point | None = None
+    high: float = math.inf
+    points: dict[float, Point] = field(default_factory=dict)  # whole runs of ``best``
+
+    def survived(self, rate: float) -> bool:
+        """Whether anybody does. Whoever has been the best so far is asked first."""
+        load = self.load_at(rate)
+        for racer in self.racers:
+            if racer.failed_at <= rate:
+                continue
+            self.runs += 1
+            outcome = _run(racer.fleet, load, self.seed, ATTAINMENT)
+            if not outcome.cut and outcome.attainment >= ATTAINMENT:
+                self.best, self.low = racer, _point(rate, outcome)
+                self.racers = [one for one in self.racers if one.failed_at > rate]
+                self.racers.sort(key=lambda one: one is not racer)
+                return True
+            racer.failed_at, racer.got = rate, len(outcome.served)
+        self.racers.sort(key=lambda one: (one is not self.best, -one.failed_at, -one.got))
+        self.high = min(self.high, rate)
+        return False
+
+
+def _run(fleet: Fleet, load: Sequence[Arrival], seed: int, give_up_below: float) -> Outcome:
+    """Hundreds of thousands of objects that all live to its end: the collector would go through
+    them for nothing, a third of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return simulate(fleet, load, seed, give_up_below=give_up_below)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _point(rate: float, outcome: Outcome) -> Point:
+    return Point(rate, tuple(one.good for one in outcome.served))
+
+
+def find(fleet: Fleet, load_at: LoadAt, guess: float, *, least: float, seed: int = 0) -> Capacity:
+    """``load_at(rate)`` are the arrivals; below ``least`` it is not looked for."""
+    return best_of([fleet], load_at, guess, least=least, seed=seed)
+
+
+def best_of(
+    fleets: Sequence[Fleet], load_at: LoadAt, guess: float, *, least: float, seed: int = 0
 ) -> Capacity:
-    """Brackets from ``guess`` and halves, in logarithms. ``load_at(rate)`` are the arrivals; below
-    ``least`` it is not looked for."""
-    runs = 0
-    below: Outcome | None = None
-
-    def passes(rate: float) -> bool:
-        nonlocal runs, below
-        runs += 1
-        outcome = simulate(fleet, load_at(rate), seed, give_up_below=ATTAINMENT)
-        good = not outcome.cut and outcome.attainment >= ATTAINMENT
-        if good:
-            below = outcome
-        return good
-
-    low = high = guess
-    step = _STEP
-    if passes(guess):
-        while step < _FARTHEST and passes(high := low * step):
-            low, step = high, step * step
+    """The capacity of the best of them. Brackets from ``guess``, halves in logarithms, and goes
+    between the runs at both ends of the bracket in the end."""
+    race = _Race([_Racer(fleet) for fleet in fleets], load_at, seed)
+    rate, step = guess, _STEP
+    if race.survived(rate):
+        while step < _FARTHEST and race.survived(rate := rate * step):
+            step *= step
     else:
-        while high > least and not passes(low := high / step):
-            high, step = low, step * step
-        if below is None:
-            return Capacity(0.0, None, runs)
-    while high / low > _WIDTH:
-        middle = math.sqrt(low * high)
-        if passes(middle):
-            low = middle
-        else:
-            high = middle
-    return Capacity(low, below, runs)
+        while rate > least and not race.survived(rate := rate / step):
+            step *= step
+    if race.low is None or race.best is None:
+        return Capacity(0.0, race.runs)
+    while race.high / race.low.rate > _WIDTH:
+        race.survived(math.sqrt(race.low.rate * race.high))
+    # the winner's own run at the ceiling, to its end
+    fleet, low = race.best.fleet, race.low
+    outcome = _run(fleet, load_at(race.high), seed, ATTAINMENT / 2)
+    if outcome.cut:
+        return Capacity(low.rate, race.runs + 1, fleet, low)
+    high = _point(race.high, outcome)
+    rate = min(high.rate, _between(low, high, low.attainment, high.attainment))
+    return Capacity(rate, race.runs + 1, fleet, low, high)
+
+
+def _between(low: Point, high: Point, at_low: float, at_high: float) -> float:
+    """Where the attainment is what it should be, on a line through both; not far outside."""
+    slope = max(0.3, (at_low - at_high) / math.log(high.rate / low.rate))
+    return low.rate * math.exp(min(0.2, max(-0.2, (at_low - ATTAINMENT) / slope)))
+
+
+def ratio_interval(
+    one: Capacity, other: Capacity, seed: int, share: float = 0.9
+) -> tuple[float, float] | None:
+    """Of ``one.rate / other.rate``, by drawing blocks of requests anew, the same ones for both,
+    for both saw the same arrivals. It knows of the chance in a run, not of
+    who happened to be the best. None where there is no bracket to go by."""
+    runs = (one.low, one.high, other.low, other.high)
+    if any(point is None for point in runs):
+        return None
+    shares = [_block_shares(point) for point in runs if point is not None]
+    rng = random.Random(f"blocks {seed}")
+    ratios = []
+    for _ in range(_DRAWS):
+        drawn = rng.choices(range(_BLOCKS), k=_BLOCKS)
+        a, b, c, d = (sum(part[block] for block in drawn) / _BLOCKS for part in shares)
+        assert one.low and one.high and other.low and other.high
+        ratios.append(_between(one.low, one.high, a, b) / _between(other.low, other.high, c, d))
+    ratios.sort()
+    tail = round((1.0 - share) / 2 * _DRAWS)
+    return ratios[tail], ratios[-tail - 1]
+
+
+def _block_shares(point: Point) -> list[float]:
+    good, count = point.good, len(point.good)
+    edges = [count * block // _BLOCKS for block in range(_BLOCKS + 1)]
+    return [sum(good[start:end]) / max(1, end - start) for start, end in itertools.pairwise(edges)]

@@ -21,17 +21,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..core.config import Admission, Policy
 from ..core.cost import StepCost
+from ..core.errors import ConfigError
 from ..core.ids import Role
-from .capacity import Capacity, find, survives
+from .capacity import ATTAINMENT, Capacity, LoadAt, best_of, ratio_interval
 from .costs import EIGHT_B_ON_H200
 from .run import Fleet
 from .virtual_worker import WorkerSpec
 from .workload import Arrival, Length, arrivals, poisson, read_trace, synthetic
 
 CHUNKS = (1024, 512, 2048, 4096)
-BETTER = 1.012
 OBJECTIVES = ((500.0, 30.0), (200.0, 15.0), (200.0, 10.0), (2000.0, 100.0))
 SYNTHETIC = {"chat": (512, 256), "code": (2048, 64), "summarise": (8192, 256)}
 TRACES = {
@@ -59,16 +61,19 @@ class Cell:
 @dataclass(frozen=True, slots=True)
 class Row:
     """Requests a second at 90%, of adaptive and of the best static policy of each kind, as the
-    field runs it and (``ours``) with our admission and demotion."""
+    field runs it and (``ours``) with our admission and demotion. The intervals are those of the
+    ratios, at 90%."""
 
     cell: Cell
     adaptive: float
     colocated: float
     split: float
-    ours: float
+    ours: float | None  # None where it was not run
     best: str
     best_ours: str
-    seconds: float
+    interval: tuple[float, float] | None
+    interval_ours: tuple[float, float] | None
+    seconds: float  # of one processor
     runs: int
 
     @property
@@ -76,12 +81,17 @@ class Row:
         return max(self.colocated, self.split)
 
     @property
-    def ratio(self) -> float:
-        return self.adaptive / self.static if self.static else math.nan
+    def met(self) -> bool:
+        """Whether any policy meets it at any rate."""
+        return max(self.adaptive, self.static, self.ours or 0.0) > 0
 
     @property
-    def ratio_ours(self) -> float:
-        return self.adaptive / self.ours if self.ours else math.nan
+    def ratio(self) -> float | None:
+        return self.adaptive / self.static if self.static else None
+
+    @property
+    def ratio_ours(self) -> float | None:
+        return self.adaptive / self.ours if self.ours else None
 
 
 def colocated(gpus: int, spec: WorkerSpec, chunk: int, admission: Admission) -> Fleet:
@@ -112,13 +122,14 @@ def splits(gpus: int) -> list[tuple[int, int]]:
     return sorted(shares, key=lambda share: abs(share[0] - share[1]))
 
 
-def statics(
+def colocateds(
     gpus: int, spec: WorkerSpec, admission: Admission, chunks: Sequence[int] = CHUNKS
 ) -> list[Fleet]:
-    return [
-        *(colocated(gpus, spec, chunk, admission) for chunk in chunks),
-        *(split(prefill, decode, spec, admission) for prefill, decode in splits(gpus)),
-    ]
+    return [colocated(gpus, spec, chunk, admission) for chunk in chunks]
+
+
+def divided(gpus: int, spec: WorkerSpec, admission: Admission) -> list[Fleet]:
+    return [split(prefill, decode, spec, admission) for prefill, decode in splits(gpus)]
 
 
 @functools.cache
@@ -129,18 +140,27 @@ def _lengths(workload: str, traces: Path | None, count: int, seed: int) -> list[
     return read_trace(traces / TRACES[workload])
 
 
-def load_of(cell: Cell, traces: Path | None) -> Callable[[float], Sequence[Arrival]]:
-    """At least ``cell.requests``, and as long as ``_ANSWERS`` answers written at the objective:
-    shorter, and a fleet would be judged while it still fills."""
+def load_of(cell: Cell, spec: WorkerSpec, traces: Path | None) -> LoadAt:
+    """At least ``cell.requests``, and as long as ``_ANSWERS`` answers written at the objective or
+    from as many places as there are: shorter, and a fleet would be judged while it still fills."""
     lengths = _lengths(cell.workload, traces, cell.requests, cell.seed)
     answer_s = statistics.fmean(row.output for row in lengths) * cell.tpot_ms / 1e3
 
     def at(rate: float) -> list[Arrival]:
-        count = max(cell.requests, round(rate * _ANSWERS * answer_s))
+        running = min(rate * answer_s, cell.gpus * spec.max_batch)
+        count = max(cell.requests, round(_ANSWERS * running))
         timed = poisson(lengths, rate, count, cell.seed)
         return arrivals(timed, cell.ttft_ms, cell.tpot_ms)
 
     return at
+
+
+def can_be_met(cell: Cell, spec: WorkerSpec, traces: Path | None) -> bool:
+    """Whether enough prompts are computed in time where each has a worker to itself."""
+    lengths = _lengths(cell.workload, traces, cell.requests, cell.seed)
+    cost = spec.cost.prefill
+    in_time = sum(cost.ms(row.prompt) * spec.slowdown <= cell.ttft_ms for row in lengths)
+    return in_time >= ATTAINMENT * len(lengths)
 
 
 def guess_of(cell: Cell, spec: WorkerSpec, traces: Path | None) -> float:
@@ -162,49 +182,45 @@ def run_cell(
     ours: bool = True,
     chunks: Sequence[int] = CHUNKS,
 ) -> Row:
-    began = time.monotonic()
-    load_at = load_of(cell, traces)
-    guess = guess_of(cell, spec, traces)
-    least = guess / 64
+    began = time.process_time()
     runs = 0
 
-    def capacity(fleet: Fleet, near: float) -> Capacity:
+    def best(fleets: Sequence[Fleet], near: float) -> Capacity:
         nonlocal runs
-        found = find(fleet, load_at, near, least=least, seed=cell.seed)
+        found = best_of(fleets, load_at, near, least=guess / 64, seed=cell.seed)
         runs += found.runs
         return found
 
-    best = capacity(adaptive(cell.gpus, spec), guess).rate
-
-    def best_static(admission: Admission, near: float) -> dict[str, tuple[float, str]]:
-        """Of each kind the best. Who does not survive a rate a little above that of the best
-        so far is not looked at any closer."""
-        nonlocal runs
-        found = {"colocated": (0.0, ""), "split": (0.0, "")}
-        for fleet in statics(cell.gpus, spec, admission, chunks):
-            kind = fleet.name.split()[0].strip(",")
-            rate, _ = found[kind]
-            if rate:
-                runs += 1
-                if not survives(fleet, load_at(rate * BETTER), cell.seed):
-                    continue
-            reached = capacity(fleet, rate * BETTER if rate else near).rate
-            if reached > rate:
-                found[kind] = (reached, fleet.name)
-        return found
-
-    field = best_static(Admission.OPEN, best or guess)
-    static = max(rate for rate, _ in field.values())
-    own = best_static(Admission.SLO, static or best or guess) if ours else field
+    if not can_be_met(cell, spec, traces):
+        seconds = time.process_time() - began
+        return Row(cell, 0.0, 0.0, 0.0, 0.0, "", "", None, None, seconds, 0)
+    load_at, guess = load_of(cell, spec, traces), guess_of(cell, spec, traces)
+    own = best([adaptive(cell.gpus, spec)], 1.6 * guess)
+    near = 0.8 * own.rate or guess
+    plain = best(colocateds(cell.gpus, spec, Admission.OPEN, chunks), near)
+    halves = best(divided(cell.gpus, spec, Admission.OPEN), near)
+    static = max(plain, halves, key=lambda found: found.rate)
+    ruled = None
+    if ours:
+        # those that did best without it first: it changes little about who that is
+        fleets = [
+            *divided(cell.gpus, spec, Admission.SLO),
+            *colocateds(cell.gpus, spec, Admission.SLO, chunks),
+        ]
+        name = static.fleet.name if static.fleet else ""
+        fleets.sort(key=lambda fleet: fleet.name != name)
+        ruled = best(fleets, 1.05 * static.rate or near)
     return Row(
         cell,
-        best,
-        field["colocated"][0],
-        field["split"][0],
-        max(rate for rate, _ in own.values()),
-        max(field.values())[1],
-        max(own.values())[1],
-        time.monotonic() - began,
+        own.rate,
+        plain.rate,
+        halves.rate,
+        ruled.rate if ruled else None,
+        static.fleet.name if static.fleet else "",
+        ruled.fleet.name if ruled and ruled.fleet else "",
+        ratio_interval(own, static, cell.seed),
+        ratio_interval(own, ruled, cell.seed) if ruled else None,
+        time.process_time() - began,
         runs,
     )
 
@@ -235,8 +251,8 @@ def run(
     return [found[cell] for cell in wanted]
 
 
-def geometric_mean(ratios: Iterable[float]) -> float:
-    finite = [ratio for ratio in ratios if math.isfinite(ratio) and ratio > 0]
+def geometric_mean(ratios: Iterable[float | None]) -> float:
+    finite = [ratio for ratio in ratios if ratio]
     return math.exp(statistics.fmean(map(math.log, finite))) if finite else math.nan
 
 
@@ -249,27 +265,34 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         cell = row.cell
-        if max(row.adaptive, row.static, row.ours) == 0:
+        if not row.met:
             continue
+        own = "not run" if row.ours is None else f"{row.ours:.2f} ({row.best_ours})"
         lines.append(
             f"| {cell.workload} | {cell.ttft_ms:g}/{cell.tpot_ms:g} | {cell.gpus} | "
-            f"{row.colocated:.2f} | {row.split:.2f} | {row.adaptive:.2f} | {row.ratio:.2f} | "
-            f"{row.ours:.2f} ({row.best_ours}) | {row.ratio_ours:.2f} |"
+            f"{row.colocated:.2f} | {row.split:.2f} | {row.adaptive:.2f} | "
+            f"{_ratio(row.ratio, row.interval)} | "
+            f"{own} | {_ratio(row.ratio_ours, row.interval_ours)} |"
         )
     for gpus in sorted({row.cell.gpus for row in rows}):
-        part = [row for row in rows if row.cell.gpus == gpus]
-        mean = geometric_mean(row.ratio for row in part)
-        own = geometric_mean(row.ratio_ours for row in part)
-        least = min((row.ratio for row in part if row.static), default=math.nan)
-        least_own = min((row.ratio_ours for row in part if row.ours), default=math.nan)
+        part = [row for row in rows if row.cell.gpus == gpus and row.met]
+        field = [row.ratio for row in part if row.ratio]
+        own_ratios = [row.ratio_ours for row in part if row.ratio_ours]
         lines.append(
-            f"\n{gpus} GPUs: geometric mean {mean:.3f}, least {least:.3f}; against static "
-            f"policies with our admission {own:.3f}, least {least_own:.3f}"
+            f"\n{gpus} GPUs, {len(part)} cells: geometric mean {geometric_mean(field):.3f}, least "
+            f"{min(field, default=math.nan):.3f}; against static policies with our admission "
+            f"{geometric_mean(own_ratios):.3f}, least {min(own_ratios, default=math.nan):.3f}"
         )
-    unmet = [row.cell.label for row in rows if max(row.adaptive, row.static, row.ours) == 0]
+    unmet = [row.cell.label for row in rows if not row.met]
     if unmet:
         lines.append("\nNo policy meets: " + "; ".join(unmet))
     return "\n".join(lines)
+
+
+def _ratio(ratio: float | None, interval: tuple[float, float] | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
 
 
 def as_json(rows: Sequence[Row], spec: WorkerSpec) -> dict[str, Any]:
@@ -279,15 +302,22 @@ def as_json(rows: Sequence[Row], spec: WorkerSpec) -> dict[str, Any]:
     }
 
 
-def save(rows: Sequence[Row], spec: WorkerSpec, path: Path) -> None:
-    path.write_text(json.dumps(as_json(rows, spec), indent=1) + "\n", encoding="utf-8")
+def read(path: Path, spec: WorkerSpec) -> dict[Cell, Row]:
+    """What ``as_json`` has written; ConfigError where it is of other workers."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("spec") != asdict(spec):
+        raise ConfigError(f"{path}: its rows are of other workers than these; give another --out")
+    for row in found["rows"]:
+        del row["ratio"], row["ratio_ours"]
+    rows = TypeAdapter(list[Row]).validate_python(found["rows"])
+    return {row.cell: row for row in rows}
 
 
 def progress(row: Row) -> None:
     print(
         f"{row.cell.label}: adaptive {row.adaptive:.2f}, {row.best} {row.static:.2f}, "
-        f"ratio {row.ratio:.2f}; {row.best_ours} {row.ours:.2f}, ratio {row.ratio_ours:.2f} "
-        f"({row.runs} runs, {row.seconds:.0f} s)",
+        f"ratio {_ratio(row.ratio, row.interval)}; {row.best_ours} {row.ours or 0:.2f}, ratio "
+        f"{_ratio(row.ratio_ours, row.interval_ours)} ({row.runs} runs, {row.seconds:.0f} s)",
         file=sys.stderr,
         flush=True,
     )

@@ -28,6 +28,7 @@ class VirtualRouter:
         self._lengths = AnswerLengths()
         self._workers: dict[WorkerRef, VirtualWorker] = {}
         self._snapshot = Snapshot(())
+        self._changed: dict[WorkerRef, None] = {}  # rows that the next look makes anew
         self.served: list[Served] = []
         self.missed = 0  # refused, or over and not good
         self.ended_count = 0
@@ -44,8 +45,8 @@ class VirtualRouter:
         request_id = f"{len(self.served):032x}"
         served = Served(arrival, request_id, Attempt(request_id, 1))
         self.served.append(served)
-        for ref in self._loads.demote(now):
-            self._refresh(self._workers[ref])
+        self._changed.update(dict.fromkeys(self._loads.demote(now)))
+        self._refresh()
         growth = self._lengths.mean_running
         wish = Wish(
             arrival.prompt,
@@ -69,7 +70,7 @@ class VirtualRouter:
         due = now + arrival.ttft_ms / 1e3
         self._loads.placed(request_id, placement, arrival.prompt, growth, arrival.tpot_ms, due)
         prefill, decode = self._workers[placement.prefill], self._workers[placement.decode]
-        self._refresh(prefill, decode)
+        self._touch(prefill, decode)
         self._places[request_id] = (prefill, decode)
         if placement.whole:
             prefill.take(served, None, now)
@@ -80,6 +81,7 @@ class VirtualRouter:
 
     def plan(self, now: float) -> None:
         """The planner looks; a worker in another role keeps what it has and gets other work."""
+        self._refresh()
         holders = [
             Holder(ref.worker_id, worker.role, self._loads[ref].num_requests)
             for ref, worker in self._workers.items()
@@ -91,17 +93,17 @@ class VirtualRouter:
             worker = self._workers[WorkerRef(move.worker_id, 1)]
             worker.role = move.after
             self.moves += 1
-            self._refresh(worker)
+            self._touch(worker)
 
     # what workers say
 
     def started(self, served: Served, now: float) -> None:
         self._loads.started(served.request_id, now)
-        self._refresh(self._places[served.request_id][0])
+        self._touch(self._places[served.request_id][0])
 
     def first_token(self, served: Served, now: float) -> None:
         self._loads.token(served.request_id)
-        self._refresh(*self._places[served.request_id])
+        self._touch(*self._places[served.request_id])
 
     def grown(self, served: Served, count: int) -> None:
         self._loads.token(served.request_id, count)
@@ -111,14 +113,19 @@ class VirtualRouter:
         self._lengths.ended(served.arrival.output)
         self.ended_count += 1
         self.missed += not served.good
-        self._refresh(*self._places.pop(served.request_id))
+        self._touch(*self._places.pop(served.request_id))
 
     def measured(self, worker: VirtualWorker) -> None:
-        self._refresh(worker)
+        self._touch(worker)
 
-    def _refresh(self, *workers: VirtualWorker) -> None:
+    def _touch(self, *workers: VirtualWorker) -> None:
         for worker in workers:
-            self._snapshot.update(self._view(worker))
+            self._changed[worker.ref] = None
+
+    def _refresh(self) -> None:
+        for ref in self._changed:
+            self._snapshot.update(self._view(self._workers[ref]))
+        self._changed.clear()
 
     def _view(self, worker: VirtualWorker) -> WorkerView:
         load, spec = self._loads[worker.ref], worker.spec

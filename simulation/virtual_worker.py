@@ -29,7 +29,7 @@ from ..core.messages import Key, TokenItem
 from ..core.params import SamplingParams
 from ..decode.finish import FinishRules
 from ..decode.phase import DecodePhase
-from ..prefill.pace import Pace, chunk_tokens
+from ..prefill.pace import MARGIN, Pace, chunk_tokens
 from ..prefill.phase import Chunk, PrefillPhase
 from ..prefill.prompt import Prompt, PromptKind, PromptState
 from .workload import Arrival
@@ -191,6 +191,7 @@ class VirtualWorker:
         self._arrived: list[Attempt] = []
         self._streams: dict[Attempt, _Stream] = {}
         self._ends: list[tuple[int, int, _Stream]] = []
+        self._dues: dict[float, list[tuple[float, int, _Stream]]] = {}  # heaps, by ``tpot_s``
         self._kv = 0  # tokens of all streams, drawn ones included
         self._step = 0
         self._settled = 0  # the step as of which all blocks are booked
@@ -369,7 +370,7 @@ class VirtualWorker:
         elif self._streams:
             first = self.prefill.first
             assert first is not None
-            due = min(s.due_base + s.tpot_s * (self._step + 1) for s in self._streams.values())
+            due = self._earliest_due()
             context = first.seq.num_scheduled_tokens
             most = chunk_tokens(cost, most, self.batch, self._kv, due - now, context)
         chunks, _ = self.prefill.schedule(
@@ -482,7 +483,7 @@ class VirtualWorker:
         assert served.first is not None
         tpot_s = arrival.tpot_ms / 1e3
         pace = Pace(served.first, tpot_s, self._lengths.short)
-        per_token = pace.due(1) - pace.due(0)
+        per_token = MARGIN * tpot_s
         due_base = pace.due(num_output - 1) - per_token * step
         end_step = step + max(0, arrival.output - num_output)
         stream = _Stream(served, seq, step, step, end_step, due_base, per_token)
@@ -493,6 +494,24 @@ class VirtualWorker:
     def _push(self, stream: _Stream) -> None:
         self._count += 1
         heapq.heappush(self._ends, (stream.end_step, self._count, stream))
+
+        if self.spec.paced:
+            heap = self._dues.setdefault(stream.tpot_s, [])
+            heapq.heappush(heap, (stream.due_base, self._count, stream))
+
+    def _earliest_due(self) -> float:
+        """When the first token of the next step must be there. Of one objective, whoever is due
+        first stays so: all streams move by the same."""
+        found = math.inf
+        for tpot_s, heap in self._dues.items():
+            while heap:
+                due_base, _, stream = heap[0]
+                here = self._streams.get(stream.seq.attempt) is stream
+                if here and stream.due_base == due_base:
+                    found = min(found, due_base + tpot_s * (self._step + 1))
+                    break
+                heapq.heappop(heap)
+        return found
 
     def _finish(self, stream: _Stream, now: float) -> None:
         self._book(stream)
