@@ -1,6 +1,7 @@
 """``pdserve bench policies``: the adaptive policy against static ones, in virtual time.
 
 table      capacity at 90% over workloads, objectives and fleets (see ``simulation.compare``)
+shifting   the same where the load shifts each minute, each phase judged by itself
 prefix     mean TTFT on a trace with named blocks: placed by them, or least loaded
 forecast   how far off the TTFT forecasts are under Poisson load
 """
@@ -19,6 +20,7 @@ from typing import Any
 from ..core.config import Admission, Policy
 from ..core.errors import ConfigError
 from ..core.ids import Role
+from ..simulation import shifting
 from ..simulation.capacity import find
 from ..simulation.compare import (
     OBJECTIVES,
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     match options.what:
         case "table":
             result = _table(options)
+        case "shifting":
+            result = _shifting(options)
         case "prefix":
             result = _prefix(options)
         case _:
@@ -63,7 +67,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("what", choices=["table", "prefix", "forecast"])
+    add("what", choices=["table", "shifting", "prefix", "forecast"])
     add("--traces", type=Path, metavar="DIR", help="a folder with the public traces")
     add("--gpus", default="2", metavar="N,N", help="fleets, such as 2,4,8; default 2")
     add("--workloads", metavar="A,B", help=f"default: {', '.join([*SYNTHETIC, *TRACES])}")
@@ -87,8 +91,8 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     missing = [name for name in names if name in TRACES and options.traces is None]
     if missing:
         raise ConfigError(f"--workloads: {missing[0]} needs --traces DIR")
+    fleets = _fleets(options)
     try:
-        fleets = [int(text) for text in options.gpus.split(",")]
         objectives = (
             [
                 (float(ttft), float(tpot))
@@ -98,13 +102,23 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
             else list(OBJECTIVES)
         )
     except ValueError as error:
-        raise ConfigError(f"--gpus, --objectives: {error}") from error
+        raise ConfigError(f"--objectives: {error}") from error
     return [
         Cell(name, ttft, tpot, gpus, options.requests, options.seed)
         for gpus in fleets
         for name in names
         for ttft, tpot in objectives
     ]
+
+
+def _fleets(options: argparse.Namespace) -> list[int]:
+    try:
+        fleets = [int(text) for text in options.gpus.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--gpus: {error}") from error
+    if min(fleets) < 2:
+        raise ConfigError("--gpus: a split needs two at least")
+    return fleets
 
 
 def _table(options: argparse.Namespace) -> dict[str, Any]:
@@ -127,6 +141,17 @@ def _table(options: argparse.Namespace) -> dict[str, Any]:
     run(left, spec, options.traces, options.processes, ours=not options.no_own, each=each)
     print(table(done()))
     return as_json(done(), spec)
+
+
+def _shifting(options: argparse.Namespace) -> dict[str, Any]:
+    spec = replace(eight_b_on_h200(), slowdown=options.slowdown, jitter=options.jitter)
+    rows = []
+    for gpus in _fleets(options):
+        for lengths, ttft_ms, tpot_ms in shifting.SHIFTS:
+            shift = shifting.Shift(lengths, ttft_ms, tpot_ms, gpus, options.seed)
+            rows.append(shifting.run(shift, spec))
+            print(shifting.line(rows[-1]), flush=True)
+    return shifting.as_json(rows, spec)
 
 
 def _prefix(options: argparse.Namespace) -> dict[str, Any]:

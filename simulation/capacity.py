@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .run import Fleet, Outcome, simulate
 from .workload import Arrival
@@ -21,7 +21,7 @@ from .workload import Arrival
 ATTAINMENT = 0.9
 _STEP = 1.15  # from one rate to the next while the capacity is not bracketed
 _FARTHEST = 1e6  # nothing finds the end of a load that costs nothing
-_WIDTH = 1.03  # of the bracket, in which the capacity is then interpolated
+WIDTH = 1.03  # of the bracket, in which the capacity is then interpolated
 _BLOCKS = 24  # of a run, drawn anew for an interval: neighbours share their queues
 _DRAWS = 400
 
@@ -30,14 +30,15 @@ LoadAt = Callable[[float], Sequence[Arrival]]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One whole run: at ``rate``, whether each request was good, in the order of their coming."""
+    """One whole run: at ``rate``, whether each request was good, phase by phase in the order of
+    their coming."""
 
     rate: float
-    good: tuple[bool, ...]
+    good: tuple[tuple[bool, ...], ...]
 
     @property
     def attainment(self) -> float:
-        return sum(self.good) / len(self.good)
+        return min(sum(phase) / len(phase) for phase in self.good)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Capacity:
     fleet: Fleet | None = None
     low: Point | None = None
     high: Point | None = None
+    moves: int = 0  # of workers between roles, in the run at ``low``
 
 
 @dataclass(slots=True)
@@ -67,8 +69,8 @@ class _Race:
     runs: int = 0
     best: _Racer | None = None
     low: Point | None = None
+    moves: int = 0
     high: float = math.inf
-    points: dict[float, Point] = field(default_factory=dict)  # whole runs of ``best``
 
     def survived(self, rate: float) -> bool:
         """Whether anybody does. Whoever has been the best so far is asked first."""
@@ -80,6 +82,7 @@ class _Race:
             outcome = _run(racer.fleet, load, self.seed, ATTAINMENT)
             if not outcome.cut and outcome.attainment >= ATTAINMENT:
                 self.best, self.low = racer, _point(rate, outcome)
+                self.moves = outcome.moves
                 self.racers = [one for one in self.racers if one.failed_at > rate]
                 self.racers.sort(key=lambda one: one is not racer)
                 return True
@@ -102,7 +105,10 @@ def _run(fleet: Fleet, load: Sequence[Arrival], seed: int, give_up_below: float)
 
 
 def _point(rate: float, outcome: Outcome) -> Point:
-    return Point(rate, tuple(one.good for one in outcome.served))
+    phases: dict[int, list[bool]] = {}
+    for one in outcome.served:
+        phases.setdefault(one.arrival.phase, []).append(one.good)
+    return Point(rate, tuple(map(tuple, phases.values())))
 
 
 def find(fleet: Fleet, load_at: LoadAt, guess: float, *, least: float, seed: int = 0) -> Capacity:
@@ -111,10 +117,17 @@ def find(fleet: Fleet, load_at: LoadAt, guess: float, *, least: float, seed: int
 
 
 def best_of(
-    fleets: Sequence[Fleet], load_at: LoadAt, guess: float, *, least: float, seed: int = 0
+    fleets: Sequence[Fleet],
+    load_at: LoadAt,
+    guess: float,
+    *,
+    least: float,
+    seed: int = 0,
+    width: float = WIDTH,
 ) -> Capacity:
-    """The capacity of the best of them. Brackets from ``guess``, halves in logarithms, and goes
-    between the runs at both ends of the bracket in the end."""
+    """The capacity of the best of them. Brackets from ``guess``, halves in logarithms until the
+    ends of the bracket differ by a factor of ``width``, and goes between the runs at both in the
+    end."""
     race = _Race([_Racer(fleet) for fleet in fleets], load_at, seed)
     rate, step = guess, _STEP
     if race.survived(rate):
@@ -125,16 +138,16 @@ def best_of(
             step *= step
     if race.low is None or race.best is None:
         return Capacity(0.0, race.runs)
-    while race.high / race.low.rate > _WIDTH:
+    while race.high / race.low.rate > width:
         race.survived(math.sqrt(race.low.rate * race.high))
     # the winner's own run at the ceiling, to its end
     fleet, low = race.best.fleet, race.low
     outcome = _run(fleet, load_at(race.high), seed, ATTAINMENT / 2)
     if outcome.cut:
-        return Capacity(low.rate, race.runs + 1, fleet, low)
+        return Capacity(low.rate, race.runs + 1, fleet, low, moves=race.moves)
     high = _point(race.high, outcome)
     rate = min(high.rate, _between(low, high, low.attainment, high.attainment))
-    return Capacity(rate, race.runs + 1, fleet, low, high)
+    return Capacity(rate, race.runs + 1, fleet, low, high, race.moves)
 
 
 def _between(low: Point, high: Point, at_low: float, at_high: float) -> float:
@@ -157,7 +170,10 @@ def ratio_interval(
     ratios = []
     for _ in range(_DRAWS):
         drawn = rng.choices(range(_BLOCKS), k=_BLOCKS)
-        a, b, c, d = (sum(part[block] for block in drawn) / _BLOCKS for part in shares)
+        a, b, c, d = (
+            min(sum(phase[block] for block in drawn) / _BLOCKS for phase in phases)
+            for phases in shares
+        )
         assert one.low and one.high and other.low and other.high
         ratios.append(_between(one.low, one.high, a, b) / _between(other.low, other.high, c, d))
     ratios.sort()
@@ -165,7 +181,15 @@ def ratio_interval(
     return ratios[tail], ratios[-tail - 1]
 
 
-def _block_shares(point: Point) -> list[float]:
-    good, count = point.good, len(point.good)
-    edges = [count * block // _BLOCKS for block in range(_BLOCKS + 1)]
-    return [sum(good[start:end]) / max(1, end - start) for start, end in itertools.pairwise(edges)]
+def _block_shares(point: Point) -> list[list[float]]:
+    return [
+        [
+            sum(good[start:end]) / max(1, end - start)
+            for start, end in itertools.pairwise(_edges(len(good)))
+        ]
+        for good in point.good
+    ]
+
+
+def _edges(count: int) -> list[int]:
+    return [count * block // _BLOCKS for block in range(_BLOCKS + 1)]

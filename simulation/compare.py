@@ -163,15 +163,20 @@ def can_be_met(cell: Cell, spec: WorkerSpec, traces: Path | None) -> bool:
     return in_time >= ATTAINMENT * len(lengths)
 
 
-def guess_of(cell: Cell, spec: WorkerSpec, traces: Path | None) -> float:
-    """From the work of a mean request: a fleet that is always busy, at half of that."""
-    lengths = _lengths(cell.workload, traces, cell.requests, cell.seed)[: cell.requests]
+def busy_rate(lengths: Sequence[Length], spec: WorkerSpec) -> float:
+    """Of one worker, were it always busy: from the work of a mean request."""
     cost = spec.cost
     prefill = statistics.fmean(cost.prefill.work_ms(row.prompt) for row in lengths)
     output = statistics.fmean(row.output for row in lengths)
     prompt = statistics.fmean(row.prompt for row in lengths)
     decode = output * (cost.decode.per_sequence_ms + cost.decode.per_kv_token_ms * prompt)
-    return cell.gpus * 1e3 / (prefill + 2 * decode) / 2
+    return 1e3 / (prefill + 2 * decode)
+
+
+def guess_of(cell: Cell, spec: WorkerSpec, traces: Path | None) -> float:
+    """A fleet that is always busy, at half of that."""
+    lengths = _lengths(cell.workload, traces, cell.requests, cell.seed)[: cell.requests]
+    return cell.gpus * busy_rate(lengths, spec) / 2
 
 
 def run_cell(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,9 +13,7 @@ from ..core.config import Admission, Policy
 from ..core.ids import Role, WorkerRef
 from .virtual_router import VirtualRouter
 from .virtual_worker import Served, Usage, VirtualWorker, WorkerSpec
-from .workload import Arrival
-
-_WARM_UP = 0.2  # of the requests, from the start: an empty fleet serves anybody
+from .workload import NOT_JUDGED, Arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,9 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``attainment``: the share of requests that met both objectives. ``cut``: the run was given
-    up because too many had missed already."""
+    """``served`` are those that are judged. ``attainment``: the share of them that met both
+    objectives, in the worst phase of the load. ``cut``: the run was given up because too many had
+    missed already."""
 
     served: tuple[Served, ...]
     attainment: float
@@ -75,8 +76,9 @@ def simulate(
     if fleet.planned:
         for second in range(1, int(load[-1].time)):
             events.at(float(second), router.plan)
-    warm_up = int(len(load) * _WARM_UP)
-    may_miss = (1.0 - give_up_below) * (len(load) - warm_up)
+    judged = Counter(arrival.phase for arrival in load)
+    may_miss = {phase: (1.0 - give_up_below) * count for phase, count in judged.items()}
+    may_miss[NOT_JUDGED] = math.inf
     now, position, cut = 0.0, 0, False
     heap = events.heap
     while position < len(load) or heap:
@@ -85,28 +87,25 @@ def simulate(
             now = arrival.time
             router.arrive(arrival, now)
             position += 1
-            if position == warm_up:
-                router.missed = 0
         else:
             now, _, call = heapq.heappop(heap)
             call(now)
-        if give_up_below and router.missed > may_miss and position > warm_up:
-            # some of these may have arrived in the warm-up: count exactly
-            late = sum(one.over and not one.good for one in router.served[warm_up:])
-            if late > may_miss:
-                cut = True
-                break
+        phase = router.missed_last
+        if give_up_below and router.missed[phase] > may_miss[phase]:
+            cut = True
+            break
     if not cut:
         unfinished = [one for one in router.served if not one.over]
         assert not unfinished, f"{len(unfinished)} requests never ended"
         for worker in workers:
             worker.check()
-    measured = tuple(router.served[warm_up:])
-    good = sum(one.good for one in measured)
-    span = load[len(router.served) - 1].time - load[warm_up].time if measured else 0.0
+    measured = tuple(one for one in router.served if one.arrival.phase != NOT_JUDGED)
+    good = Counter(one.arrival.phase for one in measured if one.good)
+    shares = [good[phase] / judged[phase] for phase in judged if phase != NOT_JUDGED]
+    span = measured[-1].arrival.time - measured[0].arrival.time if measured else 0.0
     return Outcome(
         measured,
-        good / max(1, len(load) - warm_up),
+        min(shares, default=0.0),
         tuple(worker.usage for worker in workers),
         span,
         now,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..core.config import Admission, Policy
@@ -14,7 +15,7 @@ from ..router.policy import decide
 from ..router.roles import Holder
 from ..router.snapshot import Objectives, Snapshot, Wish, WorkerView
 from .virtual_worker import Served, VirtualWorker
-from .workload import Arrival
+from .workload import NOT_JUDGED, Arrival
 
 
 class VirtualRouter:
@@ -30,8 +31,8 @@ class VirtualRouter:
         self._snapshot = Snapshot(())
         self._changed: dict[WorkerRef, None] = {}  # rows that the next look makes anew
         self.served: list[Served] = []
-        self.missed = 0  # refused, or over and not good
-        self.ended_count = 0
+        self.missed: Counter[int] = Counter()  # refused, or over and not good: in each phase
+        self.missed_last = NOT_JUDGED  # the phase of the latest
         self.moves = 0
         self._planner = Planner()
         self._placed_ms = 0.0  # since the planner looked last
@@ -62,8 +63,7 @@ class VirtualRouter:
             served.ttft_forecast_ms = placement.forecast.ttft_ms
         if admit(self._admission, placement.forecast, wish.objectives) is not None:
             served.refused = True
-            self.missed += 1
-            self.ended_count += 1
+            self._miss(served)
             return served
         if placement.forecast is not None:
             self._placed_ms += placement.forecast.work_ms
@@ -111,9 +111,13 @@ class VirtualRouter:
     def ended(self, served: Served, worker: VirtualWorker, now: float) -> None:
         self._loads.left(served.request_id)
         self._lengths.ended(served.arrival.output)
-        self.ended_count += 1
-        self.missed += not served.good
+        if not served.good:
+            self._miss(served)
         self._touch(*self._places.pop(served.request_id))
+
+    def _miss(self, served: Served) -> None:
+        self.missed_last = served.arrival.phase
+        self.missed[self.missed_last] += 1
 
     def measured(self, worker: VirtualWorker) -> None:
         self._touch(worker)

@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,11 +16,14 @@ from pathlib import Path
 from ..core.errors import ConfigError
 
 TRACE_BLOCK = 512  # tokens that one hash id of a Mooncake trace stands for
+NOT_JUDGED = -1  # as a phase
+WARM_UP = 0.2  # of the requests, from the start: an empty fleet serves anybody
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """``time`` in seconds; lengths in tokens; ``block_hashes`` name the prompt's full blocks."""
+    """``time`` in seconds; lengths in tokens; ``block_hashes`` name the prompt's full blocks. What
+    comes in one ``phase`` of a load is judged by itself."""
 
     time: float
     prompt: int
@@ -28,6 +31,7 @@ class Arrival:
     ttft_ms: float = 500.0
     tpot_ms: float = 30.0
     block_hashes: tuple[bytes, ...] = ()
+    phase: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +115,11 @@ def rescaled(lengths: Sequence[Length], rate: float, count: int) -> list[Length]
 
 
 def arrivals(
-    lengths: Iterable[Length], ttft_ms: float, tpot_ms: float, block_size: int = 0
+    lengths: Sequence[Length], ttft_ms: float, tpot_ms: float, block_size: int = 0
 ) -> list[Arrival]:
-    """With a ``block_size`` the blocks get the names that the trace's hash ids give them."""
+    """With a ``block_size`` the blocks get the names that the trace's hash ids give them. The first
+    ``WARM_UP`` of them are not judged."""
+    warm_up = int(len(lengths) * WARM_UP)
     return [
         Arrival(
             row.time,
@@ -122,9 +128,39 @@ def arrivals(
             ttft_ms,
             tpot_ms,
             _names(row, block_size) if block_size else (),
+            NOT_JUDGED if index < warm_up else 0,
         )
-        for row in lengths
+        for index, row in enumerate(lengths)
     ]
+
+
+def shifting(
+    kinds: Sequence[Sequence[Length]],
+    rates: Sequence[float],
+    ttft_ms: float,
+    tpot_ms: float,
+    *,
+    phases: int,
+    phase_s: float,
+    seed: int,
+) -> list[Arrival]:
+    """So many phases of ``phase_s`` seconds, in turn of each of the ``kinds`` at its rate, each a
+    Poisson process. The first of each kind is not judged: the fleet is empty, and has
+    learned nothing."""
+    made = []
+    turns = [itertools.cycle(kind) for kind in kinds]
+    for phase in range(phases):
+        rng = random.Random(f"times {seed} {phase}")
+        kind = phase % len(kinds)
+        start, now = phase * phase_s, rng.expovariate(rates[kind])
+        judged = phase if phase >= len(kinds) else NOT_JUDGED
+        while now < phase_s:
+            row = next(turns[kind])
+            made.append(
+                Arrival(start + now, row.prompt, row.output, ttft_ms, tpot_ms, phase=judged)
+            )
+            now += rng.expovariate(rates[kind])
+    return made
 
 
 def _names(row: Length, block_size: int) -> tuple[bytes, ...]:

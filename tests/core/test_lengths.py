@@ -43,3 +43,17 @@ def test_nine_in_ten_are_longer_than_short() -> None:
     for index in range(1000):
         lengths.ended(10 + index % 100)
     assert lengths.short == pytest.approx(20, abs=6)
+
+
+def test_short_answers_count_after_a_handful_long_ones_only_in_time() -> None:
+    lengths = AnswerLengths()
+    for _ in range(1000):
+        lengths.ended(500)
+    for _ in range(8):
+        lengths.ended(60)
+    assert lengths.short == 60
+    for _ in range(200):
+        lengths.ended(60)
+    for _ in range(100):
+        lengths.ended(500)
+    assert lengths.short == 60

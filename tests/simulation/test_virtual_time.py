@@ -18,6 +18,8 @@ from pdserve.simulation.capacity import best_of, find, ratio_interval
 from pdserve.simulation.compare import Cell, Row, as_json, read, run_cell, table
 from pdserve.simulation.costs import EIGHT_B_ON_H200, read_steps
 from pdserve.simulation.run import Fleet, Outcome, simulate
+from pdserve.simulation.shifting import Shift, line
+from pdserve.simulation.shifting import run as run_shift
 from pdserve.simulation.virtual_worker import WorkerSpec
 from pdserve.simulation.workload import (
     Arrival,
@@ -26,6 +28,7 @@ from pdserve.simulation.workload import (
     poisson,
     read_trace,
     rescaled,
+    shifting,
     synthetic,
 )
 
@@ -208,6 +211,35 @@ def test_a_cell_whose_prompts_alone_take_longer_is_met_by_nobody() -> None:
     row = run_cell(Cell("summarise", 200.0, 15.0, 2, 250), spec, None)
     assert not row.met and row.runs == 0 and row.ratio is None
     assert "No policy meets: summarise 200/15 x2" in table([row])
+
+
+def test_the_worst_phase_of_a_load_is_what_counts() -> None:
+    """Short prompts in the first and third second, long ones that nobody can serve between; the
+    first two seconds are not judged."""
+    kinds = [[Length(100, 4)], [Length(100, 4), Length(30_000, 4)]]
+
+    def made(phases: int) -> list[Arrival]:
+        return shifting(kinds, [40.0, 8.0], 500.0, 30.0, phases=phases, phase_s=1.0, seed=1)
+
+    three, four = (simulate(fleet(M, M), made(phases)) for phases in (3, 4))
+    assert [sorted({one.phase for one in made(n)}) for n in (3, 4)] == [[-1, 2], [-1, 2, 3]]
+    assert all(2.0 <= one.arrival.time < 3.0 for one in three.served)
+    assert three.attainment == 1.0
+    last = [one.good for one in four.served if one.arrival.phase == 3]
+    assert four.attainment == sum(last) / len(last) < 0.7
+    assert sum(one.good for one in four.served) / len(four.served) > 0.7
+
+
+def test_a_load_that_shifts_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against every kind of static policy, in phases of seconds."""
+    monkeypatch.setattr("pdserve.simulation.shifting.PHASE_S", 4.0)
+    monkeypatch.setattr("pdserve.simulation.shifting.CHUNKS", (512,))
+    shift = Shift(((1024, 8), (64, 32)), 4000.0, 150.0, 2)
+    row = run_shift(shift, replace(SPEC, cost=COST.scaled(10.0, 10.0)))
+    assert row.split.name == "split 1:1" and row.static.ratio is not None
+    assert row.static.ratio == row.planned / row.static.rate
+    assert row.static.rate >= row.split.rate > 0.0 < row.ours.rate
+    assert "1024/8 <-> 64/32 at 4000/150 x2" in line(row)
 
 
 def test_a_prefix_that_lies_on_a_worker_is_found_there() -> None:
