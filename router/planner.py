@@ -1,15 +1,22 @@
 """Which worker should change its role. Pure: loads and the time in, at most one move out.
 
 The two phases ask for so many workers' worth of time: prefill as much as the prompts that came
-in take, decode as much as the batches fill of what their objectives allow. The better division
-is the one whose busier pool is the less busy. A move is made only where that is so by a
-good part, has been so for a while, and the last move has had time to show: a load that swings
-faster than that is the placement's affair, not a role's.
+in take, decode as much as the batches fill of what their objectives allow. A worker in the role
+``mixed`` does both, whichever is asked for, and loses a part of its time to that. How busy a
+division of the fleet is, its busiest part says: those who can prefill, those who can decode,
+or all of them together.
+
+A move is made only where that is busy and gets less so by a good part, has been so for a while,
+and the last move has had time to show: a load that swings faster than that is the placement's
+affair, not a role's. Out of ``mixed`` it is enough that nothing gets worse: a phase apart has the
+shorter tails. So what leads into that role and what leads out of it are never right at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..core.ids import Role
@@ -17,10 +24,14 @@ from .forecast import MARGIN
 from .roles import Holder, Move
 from .snapshot import Snapshot
 
-GAIN = 0.85  # the busier pool must come down to so much of what it is
+GAIN = 0.85  # the busiest part must come down to so much of what it is
+BUSY = 0.6  # below that nobody needs to be moved
 SETTLED_S = 5.0  # for so long in a row
 COOL_S = 15.0  # from one move to the next
+MIXED = 0.9  # of its time a mixed worker has for the phases: a step with both pays for both
 _MEMORY_S = 5.0  # of the loads
+
+Change = tuple[Role, Role]  # before, after
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +41,15 @@ class Demand:
     prefill: float
     decode: float
 
-    def busiest(self, prefill: int, decode: int) -> float:
-        """How busy the busier of two such pools would be."""
-        return max(self.prefill / prefill, self.decode / decode)
+    def busiest(self, division: Mapping[Role, int]) -> float:
+        """How busy the busiest part of it would be; infinite where a phase has nobody."""
+        mixed = MIXED * division.get(Role.MIXED, 0)
+        prefill = division.get(Role.PREFILL, 0) + mixed
+        decode = division.get(Role.DECODE, 0) + mixed
+        if not prefill or not decode:
+            return math.inf
+        together = (self.prefill + self.decode) / (prefill + decode - mixed)
+        return max(self.prefill / prefill, self.decode / decode, together)
 
 
 def decode_demand(snapshot: Snapshot) -> float:
@@ -51,7 +68,7 @@ class Planner:
         self._looked: float | None = None
         self._since: float | None = None  # the same change has been the better one
         self._moved: float | None = None
-        self._change = 0
+        self._change: Change | None = None
 
     @property
     def demand(self) -> Demand:
@@ -60,25 +77,20 @@ class Planner:
     def look(
         self, now: float, prefill_ms: float, decode: float, workers: Iterable[Holder]
     ) -> Move | None:
-        """``prefill_ms``: of the prompts placed since the last look; ``decode`` as of now. Workers
-        in the role ``mixed`` do both, and stay."""
+        """``prefill_ms``: of the prompts placed since the last look; ``decode`` as of now."""
         holders = list(workers)
         before, self._looked = self._looked, now
         if before is None or now <= before:
             return None
         self._smooth(prefill_ms / 1e3 / (now - before), decode, now - before)
-        num_prefill = sum(one.role is Role.PREFILL for one in holders)
-        num_decode = sum(one.role is Role.DECODE for one in holders)
-        change = self._better(num_prefill, num_decode)
+        change = self._better(Counter(one.role for one in holders))
         if change != self._change:
             self._change, self._since = change, now
         cooling = self._moved is not None and now < self._moved + COOL_S
-        if change == 0 or cooling or self._since is None or now < self._since + SETTLED_S:
+        if change is None or cooling or self._since is None or now < self._since + SETTLED_S:
             return None
         self._moved, self._since = now, now
-        source, target = Role.DECODE, Role.PREFILL
-        if change < 0:
-            source, target = target, source
+        source, target = change
         free = [one for one in holders if one.role is source]
         # back to where it was started, else the least busy one
         one = min(free, key=lambda w: (w.native is not target, w.num_requests, w.worker_id))
@@ -91,14 +103,18 @@ class Planner:
             self._demand.decode * keep + decode * (1.0 - keep),
         )
 
-    def _better(self, prefill: int, decode: int) -> int:
-        """1 for one more to prefill, -1 for one fewer, 0 to leave them."""
-        if not prefill or not decode:
-            return 0
-        best, change = GAIN * self._demand.busiest(prefill, decode), 0
-        for step in (1, -1):
-            if prefill + step >= 1 and decode - step >= 1:
-                busiest = self._demand.busiest(prefill + step, decode - step)
-                if busiest < best:
-                    best, change = busiest, step
+    def _better(self, division: Counter[Role]) -> Change | None:
+        """From which role to which one worker should go, if any."""
+        now = self._demand.busiest(division)
+        best, change = math.inf, None
+        if now < BUSY:
+            return None
+        for source in division:
+            for target in Role:
+                if target is source:
+                    continue
+                after = self._demand.busiest(division - Counter([source]) + Counter([target]))
+                enough = now if source is Role.MIXED else GAIN * now
+                if after <= enough and after < best:
+                    best, change = after, (source, target)
         return change

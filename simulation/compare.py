@@ -107,10 +107,10 @@ def split(prefill: int, decode: int, spec: WorkerSpec, admission: Admission) -> 
     return Fleet(name, roles, Policy.DISAGGREGATED, admission, spec, False)
 
 
-def adaptive(gpus: int, spec: WorkerSpec, prefill: int | None = None) -> Fleet:
-    prefill = gpus // 2 if prefill is None else prefill
-    roles = (Role.PREFILL,) * prefill + (Role.DECODE,) * (gpus - prefill)
-    return Fleet("adaptive", roles, Policy.ADAPTIVE, Admission.SLO, spec)
+def adaptive(gpus: int, spec: WorkerSpec, *, planned: bool = True) -> Fleet:
+    """It begins with half of them in each pool; what comes of that the planner says."""
+    roles = (Role.PREFILL,) * (gpus // 2) + (Role.DECODE,) * (gpus - gpus // 2)
+    return Fleet("adaptive", roles, Policy.ADAPTIVE, Admission.SLO, spec, planned=planned)
 
 
 def splits(gpus: int) -> list[tuple[int, int]]:

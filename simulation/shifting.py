@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..core.config import Admission
 from .capacity import Capacity, LoadAt, best_of, ratio_interval
 from .compare import CHUNKS, adaptive, busy_rate, colocateds, divided
+from .run import Fleet
 from .virtual_worker import WorkerSpec
 from .workload import Arrival, shifting, synthetic
 
@@ -95,13 +96,12 @@ def run(shift: Shift, spec: WorkerSpec) -> Shifted:
     kinds = [synthetic(prompt, output, _KINDS, shift.seed) for prompt, output in shift.lengths]
     guess = shift.gpus * sum(busy_rate(kind, spec) for kind in kinds) / len(kinds)
     least = guess / 64
-    fleet = adaptive(shift.gpus, spec)
 
-    def best(fleets: Sequence[Any], near: float) -> Capacity:
+    def best(fleets: Sequence[Fleet], near: float) -> Capacity:
         return best_of(fleets, load_at, near, least=least, seed=shift.seed)
 
-    planned = best([replace(fleet, planned=True)], 0.7 * guess)
-    unplanned = best([replace(fleet, planned=False)], planned.rate or guess)
+    planned = best([adaptive(shift.gpus, spec)], 0.7 * guess)
+    unplanned = best([adaptive(shift.gpus, spec, planned=False)], planned.rate or guess)
 
     def reached(found: Capacity) -> Reached:
         ratio = planned.rate / found.rate if found.rate else None

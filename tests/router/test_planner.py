@@ -43,24 +43,42 @@ def moves(
 @pytest.mark.parametrize(
     ("roles", "prefill", "decode", "expected"),
     [
-        ((P, D, D, D), 1.8, 0.6, ["w3", "w2"]),  # the least busy of those that decode
-        ((P, P, P, D), 0.5, 0.9, ["w2"]),
-        ((P, D, D, D), 0.5, 1.5, []),  # even
-        ((P, D, D, D), 0.9, 1.9, []),  # no division is better by enough
-        ((P, D), 3.0, 0.1, []),  # somebody must decode
-        ((P, P, D, D, D, D, D, D), 6.0, 2.0, ["w7", "w6", "w5", "w4"]),
-        ((M, M, M), 3.0, 0.1, []),
-        ((P, D, D, M), 1.8, 0.2, ["w2"]),
+        ((P, D, D, D), 1.8, 0.6, [("w3", P), ("w2", P)]),  # the least busy of those that decode
+        ((P, P, P, D), 0.5, 0.9, [("w2", D)]),
+        ((P, D, D, D), 0.5, 1.5, []),  # nobody is busy
+        ((P, D, D, D), 0.8, 2.7, []),  # no division is better by enough
+        ((P, D, D, D), 0.9, 1.9, [("w3", M)]),  # too much for one, not enough for two
+        ((P, D), 3.0, 0.1, [("w1", M)]),  # somebody must decode
+        ((P, D), 0.7, 0.8, []),  # each has enough of its own
+        ((P, P, D, D, D, D, D, D), 6.0, 2.0, [("w7", P), ("w6", P), ("w5", P), ("w4", P)]),
+        ((M, M, M), 3.0, 0.1, [("w2", P), ("w1", P)]),  # the last one does the little that is left
+        ((M, M), 1.0, 0.9, [("w1", P), ("w0", D)]),  # apart nothing is worse
+        ((M, M), 0.2, 0.3, []),
+        ((M, M), 1.6, 0.1, [("w1", P)]),
     ],
 )
 def test_workers_go_where_the_load_is(
-    roles: tuple[Role, ...], prefill: float, decode: float, expected: list[str]
+    roles: tuple[Role, ...], prefill: float, decode: float, expected: list[tuple[str, Role]]
 ) -> None:
-    found = moves(Planner(), holders(*roles), prefill, decode, 120)
-    assert [move.worker_id for _, move in found] == expected
+    found = moves(Planner(), holders(*roles), prefill, decode, 150)
+    assert [(move.worker_id, move.after) for _, move in found] == expected
     times = [second for second, _ in found]
     assert all(later - earlier >= COOL_S for earlier, later in itertools.pairwise(times))
     assert not times or times[0] >= SETTLED_S
+
+
+@pytest.mark.parametrize("prefill", [0.3, 0.7, 1.0, 1.5, 2.2, 3.0])
+@pytest.mark.parametrize("decode", [0.2, 0.8, 1.3, 1.9, 2.6])
+def test_a_steady_load_comes_to_rest(prefill: float, decode: float) -> None:
+    """From wherever it starts, nobody goes to and fro, and somebody is there for each phase."""
+    for roles in itertools.combinations_with_replacement((P, D, M), 4):
+        if set(roles) in ({P}, {D}):
+            continue
+        workers = holders(*roles)
+        found = moves(Planner(), workers, prefill, decode, 400)
+        assert len(found) <= 6 and all(second < 200 for second, _ in found), roles
+        after = {one.role for one in workers}
+        assert after & {P, M} and after & {D, M}
 
 
 def test_a_load_that_swings_moves_nobody() -> None:
