@@ -14,6 +14,7 @@ from .core.config import Deployment, EngineKind, Policy
 from .core.errors import ConfigError, PdserveError
 from .core.ids import Role
 from .core.orphans import die_with_parent
+from .core.supervised import SENTENCE
 from .simulation.options import add_options as add_simulation_options
 
 Run = Callable[[argparse.Namespace], int]
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments)
     except PdserveError as error:
-        print(f"pdserve: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{SENTENCE}{' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,12 @@
-"""When to start a child again that has ended: exponential backoff, as a pure function."""
+"""When to start a child again that has ended: exponential backoff, as a pure function.
+
+A life *pays* where it gave more than it cost: it was up, and stayed so for ``healthy_s``; or
+for as long as it took to come up, where it was ended from outside. All others are
+short, and several of them in a row are a crash loop, however long each start takes: what
+fails after minutes of loading costs more than what fails at once. So kills from outside,
+at whatever rate, keep no worker down that comes up again; and a worker that the kernel ends
+for its memory as soon as it is up does not load its weights again and again.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +17,23 @@ from itertools import takewhile
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """One run of a child, in monotonic seconds."""
+    """One run of a child, in monotonic seconds. ``up``: when it was of use, if it ever was."""
 
     started: float
     ended: float
+    up: float | None = None
+    from_outside: bool = False  # it was told to end, or killed
 
-    @property
-    def length(self) -> float:
-        return self.ended - self.started
+    def pays(self, healthy_s: float) -> bool:
+        if self.up is None:
+            return False
+        needed = min(healthy_s, self.up - self.started) if self.from_outside else healthy_s
+        return self.ended - self.up >= needed
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Wait ``delay`` seconds; ``short_lives`` in a row lie behind (1 after a first death)."""
+    """Wait ``delay`` seconds; ``short_lives`` in a row lie behind."""
 
     delay: float
     short_lives: int
@@ -29,23 +41,23 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """The delay doubles with each short life in a row; a life of ``healthy_s`` starts afresh.
+    """The delay doubles with each short life in a row; a life that pays starts afresh.
 
     ``loop_lives`` short lives in a row are a crash loop: worth one loud sentence.
     """
 
     first_s: float = 0.5
-    longest_s: float = 30.0
+    longest_s: float = 300.0  # a start may cost many seconds of CPU
     healthy_s: float = 60.0
     loop_lives: int = 5
 
     def restart(self, now: float, lives: Sequence[Life]) -> Restart:
         """What to do at ``now`` after these lives, oldest first and at least one."""
-        short = takewhile(lambda life: life.length < self.healthy_s, reversed(lives))
+        short = takewhile(lambda life: not life.pays(self.healthy_s), reversed(lives))
         count = sum(1 for _ in short)
         doublings = max(0, count - 1)
         wait = min(self.longest_s, self.first_s * 2.0 ** min(doublings, 32))
-        return Restart(delay=max(0.0, lives[-1].ended + wait - now), short_lives=max(1, count))
+        return Restart(delay=max(0.0, lives[-1].ended + wait - now), short_lives=count)
 
     def is_loop(self, restart: Restart) -> bool:
         """True at the death that makes it a loop, and not at those after it."""

@@ -16,9 +16,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..core.clock import Clock, monotonic
+from ..core.supervised import SENTENCE, UP
+
 Emit = Callable[[str], None]  # takes one line, without its end
 
-SENTENCE = "pdserve: "  # begins the line in which a pdserve process says why it gives up
+INTERRUPTED = 130  # the exit code of who was told twice
 _MAX_LINE = 8 << 10  # bytes; a longer line is passed on in parts
 _MAX_TAIL = 20  # lines
 _CLOSING_S = 1.0  # for the last lines to arrive after the end of a child
@@ -40,10 +43,12 @@ class Child:
     that started it. ``wait`` must be awaited to its end.
     """
 
-    def __init__(self, command: Command, emit: Emit) -> None:
+    def __init__(self, command: Command, emit: Emit, clock: Clock = monotonic) -> None:
         self.command = command
         self.sentence: str | None = None  # why it gave up, in its own words
+        self.up_at: float | None = None  # when it said first that it is of use
         self._emit = emit
+        self._clock = clock
         self._tail: deque[str] = deque(maxlen=_MAX_TAIL)
         self._loop = asyncio.get_running_loop()
         self._exited = asyncio.Event()
@@ -127,10 +132,19 @@ class Child:
         if line.startswith(SENTENCE):
             self.sentence = line.removeprefix(SENTENCE)  # the supervisor says it
             return
+        if line == UP:
+            self.up_at = self._clock() if self.up_at is None else self.up_at
+            return
         for start in range(0, max(1, len(line)), _MAX_LINE):
             part = line[start : start + _MAX_LINE]
             self._tail.append(part)
             self._emit(f"{self.command.name} | {part}")
+
+
+def ended_from_outside(code: int) -> bool:
+    """It was told to end, or killed: no fault of its own ends a child so."""
+    outside = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    return code in (0, INTERRUPTED) or -code in outside
 
 
 def describe_exit(code: int) -> str:

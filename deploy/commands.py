@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import progress
+from ..core import progress, supervised
 from .child import Command
 from .placement import WorkerSpec
 
@@ -73,7 +73,7 @@ class RunFiles:
 
 def _command(name: object, *arguments: object, threads: int | None = None) -> Command:
     """Every child is told whose it is, to end with it."""
-    env = {"PYTHONUNBUFFERED": "1"}
+    env = {"PYTHONUNBUFFERED": "1", supervised.SWITCH: "1"}
     if sys.stderr.isatty():
         env[progress.SWITCH] = "1"  # somebody watches: see bars.py
     if threads is not None:  # read when torch is imported, before the worker could say it

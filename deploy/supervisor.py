@@ -19,7 +19,7 @@ from typing import Any
 from ..core.clock import Clock, monotonic
 from ..core.errors import ConfigError, PdserveError, StartupError
 from .backoff import Life, RestartPolicy
-from .child import Child, Command, Emit, describe_exit
+from .child import Child, Command, Emit, describe_exit, ended_from_outside
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class _Kept:
     task: asyncio.Task[None] | None = None
     child: Child | None = None
     lives: deque[Life] = field(default_factory=lambda: deque(maxlen=_MAX_LIVES))
+    told: str | None = None  # the sentence in which it gave up last
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +124,16 @@ class Supervisor:
 
     async def _live(self, kept: _Kept) -> _End:
         """One life of a child."""
-        started = self._clock()
+        started, up_at = self._clock(), None
         try:
-            child = kept.child = Child(kept.command, self._emit)
+            child = kept.child = Child(kept.command, self._emit, self._clock)
         except OSError as error:
             end = _End(1, None, f"the system would not start it: {error.strerror}")
         else:
             code = await child.wait()
-            kept.child = None
+            kept.child, up_at = None, child.up_at
             end = _End(code, child.sentence, child.last_words)
-        kept.lives.append(Life(started, self._clock()))
+        kept.lives.append(Life(started, self._clock(), up_at, ended_from_outside(end.code)))
         return end
 
     def _after(self, kept: _Kept, end: _End) -> float | None:
@@ -153,7 +154,10 @@ class Supervisor:
             log.error("%s; trying on, ever more slowly", story)
         elif restart.short_lives < self._policy.loop_lives:
             why = f"{how}: {end.sentence}" if end.sentence is not None else how
-            log.warning("%s ended (%s); starting it again in %.1f s", name, why, restart.delay)
+            again = restart.short_lives > 1 and end.sentence is not None
+            if not again or end.sentence != kept.told:  # once is enough
+                log.warning("%s ended (%s); starting it again in %.1f s", name, why, restart.delay)
+        kept.told = end.sentence
         return restart.delay
 
     def _fail(self, kind: type[PdserveError], text: str) -> None:

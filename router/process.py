@@ -31,6 +31,7 @@ from ..core.clock import monotonic
 from ..core.config import Deployment
 from ..core.ids import new_epoch
 from ..core.keys import admit, is_loopback, require_safe_bind
+from ..core.supervised import up
 from .admin import add_admin
 from .app import make_app
 from .callers import Callers
@@ -109,6 +110,7 @@ async def serving(
                 _write(written, found | {"certificate": certificate})
                 scheme = "http" if certificate is None else "https"
                 log.info("listening at %s://%s:%d", scheme, host, port)
+                up()
                 yield service
         finally:
             front.close()

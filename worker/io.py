@@ -21,7 +21,17 @@ import zmq
 from ..core.clock import Clock
 from ..core.errors import MalformedMessage
 from ..core.keys import Keys, admit, secure_client
-from ..core.messages import MAX_LIVE, TO_ROUTER, TO_WORKER, Key, Place, ToRouter, WorkerBeat
+from ..core.messages import (
+    MAX_LIVE,
+    TO_ROUTER,
+    TO_WORKER,
+    Key,
+    Place,
+    ToRouter,
+    Welcome,
+    WorkerBeat,
+)
+from ..core.supervised import up
 from ..kvtransfer.effects import Pull, Send, SendBlocks, Write
 from ..kvtransfer.media.tcp import KvSockets
 from .effects import Effect, Tell
@@ -179,6 +189,8 @@ class IoThread(threading.Thread):
                 continue
             if self._link.heard(message, now):
                 self.inbox.put(RouterLost())
+            if isinstance(message, Welcome):
+                up()
             if isinstance(message, Place):
                 self._given.append((self._num_given, message.key))
             self._num_given += 1

@@ -19,6 +19,7 @@ from pdserve.cli import _parser  # the real command line, so that what serve say
 from pdserve.core import config
 from pdserve.core.card import ModelCard
 from pdserve.core.orphans import die_with_parent
+from pdserve.core.supervised import up
 from pdserve.deploy.devices import Devices
 
 FAULT = os.environ.get("FAULT", "")
@@ -39,6 +40,7 @@ def until_terminated(name: str) -> None:
     end = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: end.set())
     tell(f"{name} is up, pid {os.getpid()}")
+    up()
     while not end.wait(0.05):
         pass
     if FAULT == "stubborn":

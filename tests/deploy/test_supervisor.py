@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.core.errors import ConfigError, PdserveError, StartupError
+from pdserve.core.supervised import UP
 from pdserve.deploy.backoff import RestartPolicy
 from pdserve.deploy.child import Child, Command, describe_exit
 from pdserve.deploy.supervisor import Stage, Supervisor
@@ -137,6 +138,53 @@ def test_a_crash_loop_is_told_once_with_its_last_words(
     quiet = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(quiet) == 3
     assert quiet[0] == "w ended (exit code 7); starting it again in 0.0 s"
+
+
+def test_who_cannot_start_again_says_why_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = tmp_path / "count"
+    code = (
+        "import sys; open(sys.argv[1], 'a').write('x'); print('pdserve: 5GiB do not fit');"
+        "sys.exit(1)"
+    )
+
+    async def test() -> None:
+        supervisor = Supervisor(lambda line: None, FAST)
+        supervisor.settle()
+        supervisor.keep(command("w", code, str(count)))
+        await until(lambda: count.exists() and count.stat().st_size >= 7)
+        await stopped(supervisor, "w")
+
+    run(test)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "w ended (exit code 1: 5GiB do not fit); starting it again in 0.0 s",
+        "w has ended 4 times in a row soon after its start (exit code 1); "
+        "its last words: 5GiB do not fit; trying on, ever more slowly",
+    ]
+
+
+def test_kills_from_outside_are_no_crash_loop(caplog: pytest.LogCaptureFixture) -> None:
+    """As a child of ``serve``, it says when it is up."""
+
+    async def test() -> None:
+        time, lines = [0.0], list[str]()
+        patient = RestartPolicy(first_s=0.0, longest_s=600.0, loop_lives=4)
+        supervisor = Supervisor(lines.append, patient, clock=lambda: time[0])
+        supervisor.keep(command("w", f"print('{UP}');" + STAY))
+        supervisor.settle()
+        for count in range(1, 9):
+            await until(lambda count=count: len(lines) == count)  # type: ignore[misc]
+            time[0] += 1.0  # it came up at once by this clock, and was of use since
+            pid = supervisor.pid("w")
+            assert pid is not None
+            os.kill(pid, 9)
+            await until(lambda pid=pid: supervisor.pid("w") != pid)  # type: ignore[misc]
+        await stopped(supervisor, "w")
+
+    run(test)
+    told = [r.getMessage() for r in caplog.records]
+    assert told == ["w ended (killed by SIGKILL); starting it again in 0.0 s"] * 8
 
 
 @pytest.mark.parametrize(("code", "kind"), [(1, StartupError), (2, ConfigError)])
