@@ -91,6 +91,9 @@ AnyMilliseconds = Annotated[
 Seconds = Annotated[
     float, Field(gt=0, strict=True, allow_inf_nan=False, description="seconds, more than 0")
 ]
+Share = Annotated[
+    float, Field(ge=0, le=1, strict=True, allow_inf_nan=False, description="a share from 0 to 1")
+]
 Port = Annotated[
     int,
     Field(ge=0, le=65535, strict=True, description="a port from 0 to 65535 (0: any free one)"),
@@ -228,6 +231,39 @@ class SimulationSection(_Section):
     token_ms: AnyMilliseconds = 0.0  # for each token that it computes
 
 
+class DisturbanceSection(_Section):
+    """What is done on purpose to messages of a kind, as shares of them."""
+
+    drop: Share = 0.0
+    duplicate: Share = 0.0
+    delay: Share = 0.0
+    delay_ms: Milliseconds = 100.0  # at the most
+
+    @property
+    def any(self) -> bool:
+        return bool(self.drop or self.duplicate or self.delay)
+
+
+class BlocksDisturbanceSection(DisturbanceSection):
+    damage: Share = 0.0  # of chunks, where they have checksums
+
+    @property
+    def any(self) -> bool:
+        return bool(self.damage) or super().any
+
+
+class FaultsSection(_Section):
+    """Off, unless a test wants to see what a bad network does."""
+
+    seed: Annotated[int, Field(strict=True, ge=0, description="an integer, 0 or more")] = 0
+    kv: BlocksDisturbanceSection = BlocksDisturbanceSection()
+    control: DisturbanceSection = DisturbanceSection()
+
+    @property
+    def any(self) -> bool:
+        return self.kv.any or self.control.any
+
+
 class EngineKind(StrEnum):
     AUTO = "auto"
     TORCH = "torch"
@@ -249,6 +285,7 @@ class Deployment(_Section):
     security: SecuritySection = SecuritySection()
     observability: ObservabilitySection = ObservabilitySection()
     simulation: SimulationSection = SimulationSection()
+    faults: FaultsSection = FaultsSection()
     engine: EngineKind = EngineKind.AUTO
     launcher: Literal["local"] = "local"
 
@@ -256,6 +293,10 @@ class Deployment(_Section):
     def _has_workers(self) -> Deployment:
         if (self.security.tls_cert is None) != (self.security.tls_key is None):
             raise ValueError("security.tls_cert and security.tls_key: give both, or neither")
+        if self.faults.kv.damage and self.kv_transfer.checksums is Switch.OFF:
+            raise ValueError(
+                "faults.kv.damage: nothing would notice it; it needs kv_transfer.checksums"
+            )
         pools = self.pools
         if self.router.control is not None:
             return self  # workers of other hosts count too

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import random
 import threading
 from collections import deque
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from typing import Any
 import zmq
 
 from ..core.clock import Clock
+from ..core.config import FaultsSection
+from ..core.disturbance import Disturbance
 from ..core.errors import MalformedMessage
 from ..core.keys import Keys, admit, secure_client
 from ..core.messages import (
@@ -28,12 +31,13 @@ from ..core.messages import (
     Key,
     Place,
     ToRouter,
+    ToWorker,
     Welcome,
     WorkerBeat,
 )
 from ..core.supervised import up
 from ..kvtransfer.effects import Pull, Send, SendBlocks, Write
-from ..kvtransfer.media.tcp import KvSockets
+from ..kvtransfer.media.disturbed import KvMedium
 from .effects import Effect, Tell
 from .inbox import Inbox, RouterLost, RouterSaid, Stop
 from .link import LinkState, RouterLink
@@ -55,6 +59,19 @@ class Status:
     num_taken: int
 
 
+class ControlDisturbance:
+    """What is done on purpose to what the router and the worker ``name`` say to each other."""
+
+    def __init__(self, faults: FaultsSection, name: str) -> None:
+        rng = random.Random(f"{faults.seed}/{name}/control")
+        self.heard: Disturbance[ToWorker] = Disturbance(faults.control, rng, in_order=True)
+        self.said: Disturbance[ToRouter] = Disturbance(faults.control, rng, in_order=True)
+
+    @property
+    def next_due(self) -> float:
+        return min(self.heard.next_due, self.said.next_due)
+
+
 class IoThread(threading.Thread):
     """Made, started and stopped by the step thread; ``post`` and the step marks are its calls.
 
@@ -64,13 +81,14 @@ class IoThread(threading.Thread):
     def __init__(
         self,
         link: RouterLink,
-        kv: KvSockets,
+        kv: KvMedium,
         status: Status,
         *,
         join: str,
         identity: bytes,
         keys: Keys | None,
         clock: Clock,
+        disturbed: ControlDisturbance | None = None,
     ) -> None:
         super().__init__(name="io", daemon=True)
         self.inbox = Inbox(_MAX_EVENTS, self._wake)
@@ -89,6 +107,7 @@ class IoThread(threading.Thread):
         self._unsent: deque[ToRouter] = deque()
         self._num_given = 0  # messages of the router put into the inbox
         self._given: deque[tuple[int, Key]] = deque()  # placements among them, with their number
+        self._disturbed = disturbed or ControlDisturbance(FaultsSection(), "")
 
     # for the step thread
 
@@ -147,6 +166,9 @@ class IoThread(threading.Thread):
                 self._turn(router)
             self._take_posts()
             self._flush_router(router)
+        for what, way in (("from", self._disturbed.heard), ("to", self._disturbed.said)):
+            if way.fates.total():
+                log.info("messages %s the router disturbed on purpose: %s", what, way)
 
     def _turn(self, router: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
@@ -159,6 +181,8 @@ class IoThread(threading.Thread):
         if self._waker in ready:
             os.eventfd_read(self._waker)
         now = self._clock()
+        for message in self._disturbed.heard.due(now):
+            self._hear(message, now)
         if ready.get(router, 0) & zmq.POLLIN:
             self._read_router(router, now)
         for socket, flags in self._kv.sockets():
@@ -169,10 +193,12 @@ class IoThread(threading.Thread):
         for event in self._kv.flush(now):
             self.inbox.put(event)
         self._tick(now)
+        self._unsent.extend(self._disturbed.said.due(now))
         self._flush_router(router)
 
     def _patience_ms(self) -> int:
-        until_word = max(0.0, self._link.next_deadline() - self._clock())
+        due = min(self._link.next_deadline(), self._disturbed.next_due)
+        until_word = max(0.0, due - self._clock())
         patience = int(until_word * 1000) + 1
         return patience if self._kv.retry_ms is None else min(patience, self._kv.retry_ms)
 
@@ -187,16 +213,20 @@ class IoThread(threading.Thread):
             except MalformedMessage as error:
                 log.warning("dropped from the router: %s", error)
                 continue
-            if self._link.heard(message, now):
-                self.inbox.put(RouterLost())
-            if isinstance(message, Welcome):
-                up()
-            if isinstance(message, Place):
-                self._given.append((self._num_given, message.key))
-            self._num_given += 1
-            self.inbox.put(RouterSaid(message))
-            if self._link.state is LinkState.REFUSED:
-                self.inbox.put(Stop())
+            for one in self._disturbed.heard.take(message, now):
+                self._hear(one, now)
+
+    def _hear(self, message: ToWorker, now: float) -> None:
+        if self._link.heard(message, now):
+            self.inbox.put(RouterLost())
+        if isinstance(message, Welcome):
+            up()
+        if isinstance(message, Place):
+            self._given.append((self._num_given, message.key))
+        self._num_given += 1
+        self.inbox.put(RouterSaid(message))
+        if self._link.state is LinkState.REFUSED:
+            self.inbox.put(Stop())
 
     def _take_posts(self) -> None:
         now = self._clock()
@@ -245,7 +275,7 @@ class IoThread(threading.Thread):
     def _say(self, message: ToRouter) -> None:
         if len(self._unsent) >= _MAX_UNSENT:  # beats and leases find out what it missed
             self._unsent.popleft()
-        self._unsent.append(message)
+        self._unsent.extend(self._disturbed.said.take(message, self._clock()))
 
     def _flush_router(self, router: zmq.Socket[bytes]) -> None:
         while self._unsent:

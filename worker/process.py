@@ -33,6 +33,7 @@ from ..core.messages import PROTOCOL_VERSION, Hello, Refused
 from ..core.plan import Engine, KvPool
 from ..core.shared_memory import sweep
 from ..kvtransfer.handshake import BY_REFERENCE, Handshake
+from ..kvtransfer.media.disturbed import DisturbedMedium, KvMedium
 from ..kvtransfer.media.tcp import KvSockets
 from ..kvtransfer.receiver import Receiver
 from ..kvtransfer.sender import Sender
@@ -41,7 +42,7 @@ from .address import kv_endpoint
 from .budget import Budget
 from .core import WorkerCore
 from .inbox import Inbox, Stop
-from .io import IoThread, Status
+from .io import ControlDisturbance, IoThread, Status
 from .link import LinkTiming, RouterLink
 from .loop import StepLoop
 from .warmup import CPU_LIMIT_S, LIMIT_S, measure
@@ -165,7 +166,7 @@ class _Life:
             prefix_cache=deployment.kv.prefix_cache,
             cost=cost,
         )
-        kv = KvSockets(
+        kv: KvMedium = KvSockets(
             handshake,
             engine.kv,
             endpoint=wiring.kv_endpoint,
@@ -174,6 +175,11 @@ class _Life:
             streams=deployment.kv_transfer.streams,
             checksum_offers=deployment.kv_transfer.checksums is Switch.ON,
         )
+        faults = deployment.faults
+        if faults.any:
+            log.warning("messages are disturbed on purpose, as `faults` of the file says")
+        if faults.kv.any:
+            kv = DisturbedMedium(kv, faults, post.worker_id)
         hello = Hello(
             version=PROTOCOL_VERSION,
             role=post.role,
@@ -196,6 +202,7 @@ class _Life:
             identity=str(handshake.ref).encode(),
             keys=wiring.join_keys,
             clock=monotonic,
+            disturbed=ControlDisturbance(faults, post.worker_id),
         )
         self._loop = StepLoop(self._core, engine, self._io, monotonic)
 

@@ -109,7 +109,7 @@ def test_a_saved_deployment_reads_back_as_itself(tmp_path: Path) -> None:
         (MODEL + "slo: {q: 1}", "slo.q: unknown key; slo knows tpot_ms, ttft_ms"),
         (
             MODEL + "zzz: 1",
-            "zzz: unknown key; the file knows engine, kv, kv_transfer, launcher, model, "
+            "zzz: unknown key; the file knows engine, faults, kv, kv_transfer, launcher, model, "
             "observability, pools, router, security, simulation, slo",
         ),
         (MODEL + "slo: {1: 2}", "slo.1: unknown key; slo knows tpot_ms, ttft_ms"),
@@ -286,3 +286,24 @@ def test_sizes(text: str, size: int) -> None:
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(ValueError):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("faults: {kv: {drop: 2.0}}", "faults.kv.drop: found 2.0; allowed: a share from 0 to 1"),
+        ("faults: {control: {dorp: 0.1}}", "faults.control.dorp: unknown key; did you mean drop?"),
+        ("faults: {control: {damage: 0.1}}", "faults.control.damage: unknown key; "),
+        (
+            "faults: {kv: {damage: 0.1}}\nkv_transfer: {checksums: 'off'}",
+            "faults.kv.damage: nothing would notice it; it needs kv_transfer.checksums",
+        ),
+    ],
+)
+def test_faults_that_can_not_be(tmp_path: Path, text: str, said: str) -> None:
+    assert fault(tmp_path, f"{MODEL}{text}\n").startswith(said)
+
+
+def test_faults_are_off_unless_asked_for(tmp_path: Path) -> None:
+    assert not read(tmp_path, MODEL).faults.any
+    assert read(tmp_path, MODEL, "faults.control.drop=0.1").faults.any

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import zmq
 from kv_parts import token_of
 
+from pdserve.core.config import FaultsSection
 from pdserve.core.ids import Attempt, Medium, WorkerRef
 from pdserve.core.keys import Keys
 from pdserve.core.messages import PeerAddress
@@ -25,6 +26,7 @@ from pdserve.kvtransfer.effects import (
     Write,
 )
 from pdserve.kvtransfer.handshake import Handshake
+from pdserve.kvtransfer.media.disturbed import DisturbedMedium, KvMedium
 from pdserve.kvtransfer.media.endpoints import SocketLimits
 from pdserve.kvtransfer.media.events import Answered, KvEvent, Received, Sent, SocketLost, Written
 from pdserve.kvtransfer.media.inproc import InprocNetwork
@@ -59,6 +61,7 @@ class Host:
         checksum_offers: bool = False,
         streams: int = 1,
         token_bytes: int = 64,
+        faults: FaultsSection | None = None,
     ) -> None:
         shared = medium is Medium.SHM
         self.pool = SimulatedKvPool(num_blocks, BLOCK_SIZE, token_bytes, shared=shared)
@@ -75,6 +78,7 @@ class Host:
         )
         self.sender = Sender(settings, handshake, self.pool.generations)
         self.receiver = Receiver(settings)
+        self.kv: KvMedium
         if network is not None:
             self.kv = network.open(handshake, self.pool, limits=limits)
         else:
@@ -86,6 +90,8 @@ class Host:
                 checksum_offers=checksum_offers,
                 streams=streams,
             )
+        if faults is not None:
+            self.kv = DisturbedMedium(self.kv, faults, name)
         self.endings: dict[Attempt, list[Ending]] = {}
         self.lost: list[SocketLost] = []
         self.time_shift = 0.0
