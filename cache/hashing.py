@@ -9,9 +9,8 @@ can choose prompts must not be able to make two texts share a name, nor to guess
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
-
-import numpy as np
 
 from ..core.messages import HASH_BYTES
 
@@ -31,11 +30,13 @@ class BlockHasher:
             return
         size = self.block_size
         assert num_blocks * size <= len(token_ids)
-        tokens = np.array(token_ids[first * size : num_blocks * size], dtype="<i4").tobytes()
+        chosen = token_ids[first * size : num_blocks * size]
+        tokens = struct.pack(f"<{len(chosen)}i", *chosen)
         name = hashes[-1] if hashes else b""
         step = 4 * size  # bytes of a block's tokens
+        begin = self._keyed.copy
         for start in range(0, len(tokens), step):
-            digest = self._keyed.copy()
+            digest = begin()
             digest.update(name + tokens[start : start + step])
             name = digest.digest()
             hashes.append(name)

@@ -369,8 +369,8 @@ class Dispatch:
     def _place(self, request: Request, now: float) -> list[Effect]:
         """Nothing where no worker can take it now."""
         cached = self.prefixes.cached_tokens(request.token_ids, request.block_names)
-        snapshot = self._fleet.snapshot(now, self._bad_links)
         self._fleet.changed(*self._loads.demote(now))
+        snapshot = self._fleet.snapshot(now, self._bad_links)
         wish = request.wish(cached, self._objectives, self._lengths, now)
         placement = decide(self._policy, snapshot, wish, now)
         if placement is None:

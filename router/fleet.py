@@ -1,4 +1,7 @@
-"""The workers that take requests, as ``decide`` sees them: rows that are kept as they change."""
+"""The workers that take requests, as ``decide`` sees them: rows that are kept as they change.
+
+What changes is noted, and its row made anew when somebody looks: once, however often it changed.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ class Fleet:
         self._loads = loads
         self._snapshot = Snapshot(())
         self._refs: list[WorkerRef] = []
+        self._changed: set[WorkerRef] = set()  # whose rows are older than they are
         self._looked: float | None = None
 
     def snapshot(self, now: float, bad_links: Iterable[Link]) -> Snapshot:
@@ -29,6 +33,9 @@ class Fleet:
             if refs != self._refs:
                 self._refs = refs
                 self._snapshot = Snapshot([self._view(member) for member in able])
+                self._changed.clear()
+        if self._changed:
+            self._refresh()
         self._snapshot.bad_links = frozenset(bad_links)
         return self._snapshot
 
@@ -38,10 +45,14 @@ class Fleet:
 
     def changed(self, *workers: WorkerRef) -> None:
         """Their loads, or what they say of themselves."""
-        for ref in workers:
+        self._changed.update(workers)
+
+    def _refresh(self) -> None:
+        for ref in self._changed:
             member = self._members.get(ref)
             if member is not None and ref in self._snapshot.index:
                 self._snapshot.update(self._view(member))
+        self._changed.clear()
 
     def _view(self, member: Member) -> WorkerView:
         load = self._loads[member.ref]

@@ -57,6 +57,7 @@ class Member:
     wanted: Role | None = None  # the role that it was given last, if ever
     told_at: float = 0.0
     ref: WorkerRef = field(init=False)
+    _cost: tuple[tuple[float, float], StepCost] | None = None  # by which factors
 
     def __post_init__(self) -> None:
         self.ref = self.hello.address.ref
@@ -86,7 +87,11 @@ class Member:
     @property
     def cost(self) -> StepCost | None:
         """What its steps take by now."""
-        return self.hello.cost.scaled(*self.factors) if self.hello.cost is not None else None
+        if self.hello.cost is None:
+            return None
+        if self._cost is None or self._cost[0] != self.factors:
+            self._cost = self.factors, self.hello.cost.scaled(*self.factors)
+        return self._cost[1]
 
     @property
     def capacity(self) -> int:

@@ -22,6 +22,7 @@ from ..core.messages import HASH_BYTES, CacheEvents
 
 MAX_BLOCKS = 1 << 20  # names; about 200 bytes each
 ASK_EVERY_S = 1.0  # a worker for all its names
+_STRIDE = 8  # blocks that are named at once, before it is seen whether anybody holds them
 
 
 @dataclass(slots=True)
@@ -101,7 +102,8 @@ class PrefixMap:
         """How many tokens that begin this text each worker need not compute; nobody with none.
 
         The last token is always computed. ``names`` are those of the text's blocks as far as
-        they are known, and grow: they are the caller's to keep with the text.
+        they are known, and grow as far as somebody holds them: they are the caller's to keep
+        with the text.
         """
         if self._hasher is None:
             return {}
@@ -109,19 +111,18 @@ class PrefixMap:
         num_blocks = (len(token_ids) - 1) // size
         if not self._holders or not num_blocks:
             return {}
-        self._hasher.extend(names, token_ids, num_blocks)
         found: dict[WorkerRef, int] = {}
         holders = self._holders
-        left = holders.get(names[0], 0)
-        count = 0
+        held, left = 0, -1  # all workers there may be hold no block
         while left:
-            count += 1
-            still = left & holders.get(names[count], 0) if count < num_blocks else 0
-            if ended := left & ~still:
-                found |= dict.fromkeys(self._of(ended), count * size)
-            left = still
+            if held == len(names) and held < num_blocks:
+                self._hasher.extend(names, token_ids, min(held + _STRIDE, num_blocks))
+            still = left & holders.get(names[held], 0) if held < num_blocks else 0
+            if held and still != left:
+                found |= dict.fromkeys(self._of(left & ~still), held * size)
+            held, left = held + bool(still), still
         if 2 * len(holders) > self._max_blocks:  # names may have to go soon
-            for name in reversed(names[:count]):
+            for name in reversed(names[:held]):
                 holders[name] = holders.pop(name)
         return found
 

@@ -193,11 +193,12 @@ class Snapshot:
         self.bad_links = bad_links
         self._index: dict[WorkerRef, int] | None = None
         self._columns: Columns | None = None
+        self._num_measured = sum(view.cost is not None for view in self.workers)
 
     @property
     def measured(self) -> bool:
         """Whether each worker has said what its steps cost."""
-        return bool(self.workers) and all(view.cost is not None for view in self.workers)
+        return 0 < len(self.workers) == self._num_measured
 
     @property
     def columns(self) -> Columns:
@@ -215,6 +216,7 @@ class Snapshot:
     def update(self, view: WorkerView) -> None:
         """That worker's row is another one now."""
         place = self.index[view.ref]
-        self.workers[place] = view
+        before, self.workers[place] = self.workers[place], view
+        self._num_measured += (view.cost is not None) - (before.cost is not None)
         if self._columns is not None:
             self._columns.set(place, view)

@@ -91,6 +91,16 @@ def test_workers_that_have_not_measured_are_used_by_their_load() -> None:
     assert placement is not None and placement.forecast is None
 
 
+def test_workers_count_as_measured_once_the_last_one_is() -> None:
+    snapshot = Snapshot([view("p"), replace(view("d"), cost=None)])
+    assert not snapshot.measured and not Snapshot(()).measured
+    snapshot.update(view("d"))
+    snapshot.update(view("p", work=1.0))
+    assert snapshot.measured
+    snapshot.update(replace(view("p"), cost=None))
+    assert not snapshot.measured
+
+
 def test_the_forecast_of_an_idle_worker_is_its_cost() -> None:
     found = decide(Policy.COLOCATED, Snapshot([view("m")]), WISH)
     assert found is not None and found.forecast is not None

@@ -15,7 +15,7 @@ from pdserve.cache.sequence import Sequence
 from pdserve.core.ids import WorkerRef
 from pdserve.core.messages import HASH_BYTES, CacheEvents, Key
 from pdserve.core.params import SamplingParams
-from pdserve.router.prefix_map import ASK_EVERY_S, PrefixMap
+from pdserve.router.prefix_map import _STRIDE, ASK_EVERY_S, PrefixMap
 
 SIZE = 4
 SALT = b"of the deployment"
@@ -91,6 +91,24 @@ def test_the_map_is_what_the_caches_hold_whatever_is_lost(
         expected = {w.ref: w.holds(tokens) for w in workers.values()}
         found = prefixes.cached_tokens(tokens, [])
         assert found == {ref: count for ref, count in expected.items() if count}
+
+
+def test_a_text_is_named_only_as_far_as_somebody_holds_it() -> None:
+    prefixes = PrefixMap(SALT)
+    a, b = Cached("a", num_blocks=64), Cached("b", num_blocks=64)
+    joined(prefixes, a, b)
+    text = list(range(40 * SIZE))
+    a.compute(text[: 20 * SIZE])
+    b.compute(text[: _STRIDE * SIZE])
+    for worker in (a, b):
+        hear(prefixes, worker, worker.report.news())
+    names: list[bytes] = []
+    expected = {a.ref: 20 * SIZE, b.ref: _STRIDE * SIZE}
+    assert prefixes.cached_tokens(text, names) == expected
+    assert 20 < len(names) <= 20 + _STRIDE
+    assert prefixes.cached_tokens(text, names) == expected  # by the names that are known now
+    new: list[bytes] = []
+    assert prefixes.cached_tokens([-1, *text], new) == {} and len(new) == _STRIDE
 
 
 def test_what_ends_takes_its_part_along_and_comes_back_with_nothing() -> None:
