@@ -48,7 +48,8 @@ class Loads:
     def __init__(self) -> None:
         self._loads: dict[WorkerRef, Load] = {}
         self._charges: dict[str, _Charge] = {}
-        self._due: list[tuple[float, str, _Charge]] = []  # a heap
+        self._due: list[tuple[float, int, _Charge]] = []  # a heap; the number settles a tie
+        self._count = 0
 
     def __getitem__(self, worker: WorkerRef) -> Load:
         return self._loads.get(worker) or Load()
@@ -70,7 +71,8 @@ class Loads:
         charge = _Charge(placement, num_tokens, num_tokens, work_ms, growth, tpot_ms)
         self._charges[request_id] = charge
         if deadline < math.inf and work_ms > 0:
-            heapq.heappush(self._due, (deadline - work_ms / 1e3, request_id, charge))
+            self._count += 1
+            heapq.heappush(self._due, (deadline - work_ms / 1e3, self._count, charge))
         prefill, decode = self._of(placement.prefill), self._of(placement.decode)
         prefill.prefill_tokens += num_tokens
         prefill.prefill_ms += work_ms
