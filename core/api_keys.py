@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import ConfigError
+from .files import reason
 
 ENVIRONMENT = "PDSERVE_API_KEYS"
 _PREFIX = "pd-"
@@ -89,7 +90,7 @@ def add_key(
         new.write_text(text, encoding="utf-8")
         new.replace(path)
     except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise ConfigError(f"{path}: {reason(error)}") from error
     return NewKey(entry, secret)
 
 
@@ -100,8 +101,7 @@ def read_keys(path: Path) -> list[ApiKey]:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
     except OSError as error:
         raise ConfigError(
-            f"{where}: {(error.strerror or str(error)).lower()}; "
-            f"make a key with: pdserve keys api {path} NAME"
+            f"{where}: {reason(error)}; make a key with: pdserve keys api {path} NAME"
         ) from error
     except UnicodeDecodeError:
         raise ConfigError(f"{where}: not a text file") from None

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from .files import write_whole
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -30,7 +32,8 @@ class ModelCard:
     dummy: bool = False
 
     def save(self, path: Path) -> None:
-        path.write_bytes(_ADAPTER.dump_json(self))
+        """StartupError where it can't be written."""
+        write_whole(path, _ADAPTER.dump_json(self))
 
     @staticmethod
     def read(path: Path) -> ModelCard:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .config_faults import first_fault, shown, yaml_fault
 from .errors import ConfigError
+from .files import reason, write_whole
 from .ids import Medium
 
 
@@ -322,7 +323,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise ConfigError(f"{path}: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from error
     try:
@@ -340,8 +341,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Deployment:
 
 
 def save(deployment: Deployment, path: Path) -> None:
-    """Writes every value, defaults resolved, as JSON: a form of YAML that ``load`` reads."""
-    path.write_text(deployment.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Writes every value, defaults resolved, as JSON: a form of YAML that ``load`` reads.
+
+    StartupError where it can't be written.
+    """
+    write_whole(path, deployment.model_dump_json(indent=2).encode() + b"\n")
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .errors import HandshakeRefused
+from .errors import HandshakeRefused, OutOfMemory
 from .generations import Generations
 from .ids import Medium
 from .plan import KvLayout, PeerPool, PoolExport
@@ -64,7 +64,7 @@ def join(pieces: Sequence[memoryview], target: Bytes) -> None:
 class HostKvPool:
     """``core.plan.KvPool`` in host memory. What is read are views of the blocks themselves.
 
-    ``shared``: OutOfMemory where there is not so much shared memory.
+    OutOfMemory where the host has not so much memory, or not so much ``shared``.
     """
 
     def __init__(self, layout: KvLayout, *, shared: bool = False) -> None:
@@ -77,8 +77,14 @@ class HostKvPool:
             self._generations = generations_in(self._memory, num_blocks)
             flat = np.frombuffer(self._memory.view[table:], np.uint8)
         else:
-            self._generations = Generations.private(num_blocks)
-            flat = np.zeros(num_blocks * size, np.uint8)  # not taken until it is touched
+            try:
+                self._generations = Generations.private(num_blocks)
+                flat = np.zeros(num_blocks * size, np.uint8)  # not taken until it is touched
+            except MemoryError as error:
+                raise OutOfMemory(
+                    f"this host has no {num_blocks * size / 2**30:.1f} GiB for the KV cache; "
+                    "lower kv.memory"
+                ) from error
         self.bytes: Bytes = flat.reshape(num_blocks, size)
         """``[num_blocks, block_bytes]``"""
 

@@ -24,6 +24,7 @@ from zmq.utils import z85
 
 from .config import SecuritySection
 from .errors import ConfigError
+from .files import reason
 
 _FILE = "deployment.secret"
 _DOMAIN = "pdserve"
@@ -49,7 +50,7 @@ def new_keys(folder: Path) -> Path:
     except FileExistsError:
         raise ConfigError(f"{path} exists; give another folder, or remove it first") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise ConfigError(f"{path}: {reason(error)}") from error
     return path
 
 
@@ -61,8 +62,7 @@ def load_keys(folder: Path) -> Keys:
         mode = path.stat().st_mode
     except OSError as error:
         raise ConfigError(
-            f"security.keys: {path}: {(error.strerror or str(error)).lower()}; "
-            f"make keys with: pdserve keys new {folder}"
+            f"security.keys: {path}: {reason(error)}; make keys with: pdserve keys new {folder}"
         ) from error
     if mode & 0o077:
         raise ConfigError(f"security.keys: {path} is open to other users; run: chmod 600 {path}")

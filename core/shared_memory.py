@@ -27,6 +27,7 @@ import weakref
 from pathlib import Path
 
 from .errors import HandshakeRefused, OutOfMemory
+from .files import reason
 
 FOLDER = Path("/dev/shm")
 
@@ -60,6 +61,10 @@ class SharedMemory:
         size = _HEADER + num_bytes
         file = -1
         try:
+            room = os.statvfs(folder)
+            if room.f_bavail * room.f_frsize < size:
+                # said at once: to find out by filling it would take the room from others
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             # it has its lock before it has a name: nobody can sweep it in between
             file = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
             os.posix_fallocate(file, 0, size)
@@ -71,7 +76,7 @@ class SharedMemory:
             if file >= 0:
                 os.close(file)
             full = error.errno in (errno.ENOSPC, errno.ENOMEM)
-            why = "there is no room for it" if full else (error.strerror or str(error)).lower()
+            why = "there is no room for it" if full else reason(error)
             raise OutOfMemory(
                 f"no {num_bytes / 2**20:.0f} MiB of shared memory in {folder}: {why}; lower "
                 "kv.memory, make that file system larger, or set kv_transfer.medium: tcp"
@@ -87,7 +92,7 @@ class SharedMemory:
         try:
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            text = (error.strerror or str(error)).lower()
+            text = reason(error)
             raise HandshakeRefused(f"{path}: {text} (on another host?)") from error
         try:
             found, size = os.fstat(file), _HEADER + num_bytes

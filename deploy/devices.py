@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from ..core.files import write_whole
+
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -19,7 +21,8 @@ class Devices:
     num_cores: int
 
     def save(self, path: Path) -> None:
-        path.write_bytes(_ADAPTER.dump_json(self))
+        """StartupError where it can't be written."""
+        write_whole(path, _ADAPTER.dump_json(self))
 
     @staticmethod
     def read(path: Path) -> Devices:

@@ -28,6 +28,7 @@ from ..core.api_keys import all_keys
 from ..core.card import ModelCard
 from ..core.config import Deployment, SecuritySection
 from ..core.errors import ConfigError, StartupError
+from ..core.files import reason
 from ..core.logs import passed_on
 from . import fetch, status
 from .backoff import RestartPolicy
@@ -152,7 +153,10 @@ class _Launch:
             _write(line, sys.stderr)
 
     async def _prepare(self) -> None:
-        child = Child(self._files.prepare(), self._emit)
+        try:
+            child = Child(self._files.prepare(), self._emit)
+        except OSError as error:
+            raise StartupError(f"the system would not start a process: {reason(error)}") from error
         try:
             code = await asyncio.wait_for(child.wait(), START_LIMIT_S)
         except TimeoutError:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..core.errors import StartupError
+from ..core.files import reason
 
 MAX_SOCKET_PATH = 107  # bytes of sun_path without its closing zero
 _LONGEST_NAME = "control.sock.xxxxxxxx"  # a file of the folder may be named this long
@@ -42,7 +43,10 @@ class RunDir:
                 path.mkdir(mode=0o700)
                 return RunDir(path, _lock_of(path, create=True))
         except OSError as error:
-            raise StartupError(f"no run folder in {base}: {error.strerror}") from error
+            raise StartupError(
+                f"no run folder in {base}: {reason(error)}; set XDG_RUNTIME_DIR to a folder that "
+                "you may write"
+            ) from error
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.errors import StartupError
+from ..core.files import reason
 
 
 def models_folder() -> Path:
@@ -48,7 +49,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise StartupError(
-            f"{error.filename or target}: {(error.strerror or str(error)).lower()}; "
+            f"{error.filename or target}: {reason(error)}; "
             "PDSERVE_CACHE names another folder for converted models"
         ) from error
     return target

@@ -7,6 +7,7 @@ tensor does is found here, and not by a fault in the middle of loading. No torch
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,20 @@ from typing import Any
 import xxhash
 
 from ..core.errors import WeightsError
+from ..core.files import reason
 from .shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # bytes; the format's own bound
+_FORMATS = {  # by the bits of an element, as the format's own reader names them
+    4: "F4",
+    6: "F6_E2M3 F6_E3M2",
+    8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    16: "I16 U16 F16 BF16",
+    32: "I32 U32 F32",
+    64: "I64 U64 F64 C64",
+}
+_BITS = {name: bits for bits, names in _FORMATS.items() for name in names.split()}
 _SAMPLE = 16 << 10  # bytes
 _MAX_SAMPLES = 64  # of one tensor
 
@@ -32,6 +43,11 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """By its shape and format."""
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +103,7 @@ def _files(folder: Path) -> list[Path]:
         except OSError as error:
             raise _unreadable(index, error) from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise WeightsError(f"{index}: damaged: not an index of safetensors files") from None
+            raise _damaged(index, "not an index of safetensors files") from None
         files = [folder / str(name) for name in sorted(names)]
         for file in files:
             if file.parent != folder or not file.exists():
@@ -106,7 +122,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(stream.read(8), "little")
             size = file.stat().st_size
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise WeightsError(f"{file}: damaged: not a whole safetensors file")
+                raise _damaged(file, "not a whole safetensors file")
             header = stream.read(length)
     except OSError as error:
         raise _unreadable(file, error) from None
@@ -118,10 +134,16 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise WeightsError(f"{file}: damaged: its header can't be read") from None
-    end = max((entry.end for entry in entries.values()), default=8 + length)
-    if end > size:
-        raise WeightsError(f"{file}: damaged: it has {size} bytes, its tensors end at {end}")
+        raise _damaged(file, "its header can't be read") from None
+    at = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.dtype not in _BITS:
+            raise WeightsError(f"{file}: {name} is {entry.dtype}; use bf16, fp16 or fp32")
+        if entry.start != at or entry.num_bytes != entry.end - entry.start:
+            raise _damaged(file, f"{name} does not lie where its header says")
+        at = entry.end
+    if at != size:
+        raise _damaged(file, f"it has {size} bytes, its tensors end at {at}")
     return entries
 
 
@@ -133,5 +155,9 @@ def _entry(file: Path, base: int, field: Mapping[str, Any]) -> TensorEntry:
     return TensorEntry(file, str(field["dtype"]), shape, base + start, base + end)
 
 
+def _damaged(file: Path, how: str) -> WeightsError:
+    return WeightsError(f"{file}: damaged: {how}; copy or download it again")
+
+
 def _unreadable(file: Path, error: OSError) -> WeightsError:
-    return WeightsError(f"{file}: {(error.strerror or str(error)).lower()}")
+    return WeightsError(f"{file}: {reason(error)}")

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from ..core.errors import WeightsError
+from ..core.files import reason
 from ..core.progress import Progress
 from .cache import made_once
 from .checkpoint import sample_offsets
@@ -47,7 +48,7 @@ def _digest(file: Path) -> str:
                 stream.seek(offset)
                 digest.update(stream.read(_PIECE))
     except OSError as error:
-        raise WeightsError(f"{file}: {(error.strerror or str(error)).lower()}") from None
+        raise WeightsError(f"{file}: {reason(error)}") from None
     return digest.hexdigest()
 
 

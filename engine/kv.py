@@ -51,7 +51,7 @@ def plan_layout(
     ``memory`` is ``kv.memory``, ``state`` the device's with the weights loaded. A fraction
     counts of all that the device has, times ``memory_share``, and weights and workspace come
     out of it: so workers that start together need not agree. What is free now bounds it. A
-    size is for the cache alone. ``auto`` on a CPU is modest.
+    size is for the cache alone, and OutOfMemory where it is not free. ``auto`` on a CPU is modest.
     """
     size = block_bytes(shape, block_size, dtype)
     one = -(-max_context // block_size)  # blocks of the longest sequence
@@ -64,14 +64,20 @@ def plan_layout(
         budget = int(share * _GPU_FRACTION) - weight_bytes - workspace_bytes
     else:
         budget = max(one * size, min(int(share * _CPU_FRACTION), _CPU_SEQUENCES * one * size))
-    budget = max(0, min(budget, int(state.free * _HEADROOM) - workspace_bytes))
+    free = max(0, int(state.free * _HEADROOM) - workspace_bytes)
+    if isinstance(memory, str) and memory != "auto" and budget > free:
+        raise OutOfMemory(
+            f"kv.memory: {memory} is {_in_words(budget)} for this worker, and {_in_words(free)} "
+            "of its device are free; ask for less"
+        )
+    budget = max(0, min(budget, free))
     num_blocks = budget // size
     if num_blocks < one:
         room = num_blocks * block_size
         raise OutOfMemory(
             f"the KV cache has room for {room} tokens, model.max_context is {max_context}: "
-            f"it takes {one * size / 2**30:.2f} GiB for this worker, and there are "
-            f"{budget / 2**30:.2f}; raise kv.memory, or lower "
+            f"it takes {_in_words(one * size)} for this worker, and there are "
+            f"{_in_words(budget)}; raise kv.memory, or lower "
             f"model.max_context{f' to {room}' if room else ''}"
         )
     return KvLayout(
@@ -83,6 +89,11 @@ def plan_layout(
         dtype=dtype_name(dtype),
         block_bytes=size,
     )
+
+
+def _in_words(num_bytes: int) -> str:
+    unit, size = ("GiB", 2**30) if num_bytes >= 2**30 else ("MiB", 2**20)
+    return f"{num_bytes / size:.2f} {unit}"
 
 
 def new_pool(
@@ -124,11 +135,5 @@ class CpuKvPool(HostKvPool):
     """Host memory, as a tensor and as bytes."""
 
     def __init__(self, layout: KvLayout, dtype: torch.dtype, *, shared: bool = False) -> None:
-        try:
-            super().__init__(layout, shared=shared)
-        except MemoryError as error:
-            size = layout.num_blocks * layout.block_bytes / 2**30
-            raise OutOfMemory(
-                f"cpu has no {size:.1f} GiB for the KV cache; lower kv.memory"
-            ) from error
+        super().__init__(layout, shared=shared)
         self.blocks = torch.from_numpy(self.bytes).view(-1).view(dtype).view(sizes(layout))

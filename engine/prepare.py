@@ -23,6 +23,7 @@ import xxhash
 from ..core.card import ModelCard
 from ..core.config import Load, ModelSection
 from ..core.errors import ConfigError, WeightsError
+from ..core.files import reason
 from . import gguf
 from .cache import made_once
 from .checkpoint import open_checkpoint
@@ -36,6 +37,13 @@ _NVIDIA_CONTROL = Path("/dev/nvidiactl")
 
 def prepare(model: ModelSection) -> ModelCard:
     """Raises ConfigError, WeightsError, or StartupError where the cache can't be written."""
+    try:
+        return _prepare(model)
+    except OSError as error:  # looking for a file fails, too, where a folder may not be entered
+        raise WeightsError(f"model.path: {error.filename}: {reason(error)}") from error
+
+
+def _prepare(model: ModelSection) -> ModelCard:
     folder, dummy = _resolve(model)
     where = str(folder / "config.json")
     shape = parse_shape(read_config(folder), where)

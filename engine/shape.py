@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import WeightsError
+from ..core.files import reason
 
 
 class Family(StrEnum):
@@ -124,13 +125,23 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
         path = folder / name
         if name == "config.json" or path.exists():
             value = _read_json(path).get("eos_token_id")
-            ids |= {value} if isinstance(value, int) else set(value or ())
+            found = [] if value is None else value if isinstance(value, list) else [value]
+            if not all(type(token_id) is int for token_id in found):
+                raise WeightsError(f"{path}: eos_token_id is {value!r}, not one token or several")
+            ids |= set(found)
     return tuple(sorted(ids))
 
 
 def parse_shape(config: Mapping[str, Any], where: str) -> ModelShape:
     """A shape from what config.json says; ``where`` names it in errors."""
-    reader = _Reader(config, where)
+    try:
+        return _parse_shape(_Reader(config, where))
+    except (TypeError, ValueError, AttributeError) as error:  # a text where a number should be
+        raise WeightsError(f"{where}: is not a model's: {error}") from error
+
+
+def _parse_shape(reader: _Reader) -> ModelShape:
+    config, where = reader.config, reader.where
     family = reader.family()
     reader.refuse_what_is_not_run()
     hidden = reader.size("hidden_size")
@@ -176,51 +187,51 @@ class _Reader:
     """Typed access to one config.json."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self._config = config
-        self._where = where
+        self.config = config
+        self.where = where
 
     def family(self) -> Family:
-        names = self._config.get("architectures") or ()
+        names = self.config.get("architectures") or ()
         for family in Family:
             if family.value in names:
                 return family
-        model_type = self._config.get("model_type")
+        model_type = self.config.get("model_type")
         if not names and model_type in _MODEL_TYPES:
             return _MODEL_TYPES[model_type]
         found = ", ".join(map(str, names)) or model_type or "none"
         raise WeightsError(
-            f"{self._where}: architecture {found} is not supported; "
+            f"{self.where}: architecture {found} is not supported; "
             f"supported are {', '.join(Family)}"
         )
 
     def size(self, key: str, default: int | None = None) -> int:
-        value = self._config.get(key)
+        value = self.config.get(key)
         if value is None:
             value = default
         if type(value) is not int or value < 1:
             found = "missing" if value is None else f"{value!r}"
-            raise WeightsError(f"{self._where}: {key} is {found}, a positive integer is expected")
+            raise WeightsError(f"{self.where}: {key} is {found}, a positive integer is expected")
         return value
 
     def refuse_what_is_not_run(self) -> None:
-        config = self._config
+        config = self.config
         act = config.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
-            raise WeightsError(f"{self._where}: hidden_act {act} is not supported, silu is")
+            raise WeightsError(f"{self.where}: hidden_act {act} is not supported, silu is")
         if config.get("mlp_bias"):
-            raise WeightsError(f"{self._where}: mlp_bias is not supported")
+            raise WeightsError(f"{self.where}: mlp_bias is not supported")
         if config.get("partial_rotary_factor", 1.0) != 1.0:
-            raise WeightsError(f"{self._where}: partial_rotary_factor is not supported")
+            raise WeightsError(f"{self.where}: partial_rotary_factor is not supported")
         if quantized := config.get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise WeightsError(
-                f"{self._where}: weights quantized by {method} are not supported; "
+                f"{self.where}: weights quantized by {method} are not supported; "
                 "use bf16, fp16 or fp32 safetensors, or a GGUF file"
             )
 
     def window(self, family: Family) -> int | None:
         """The sliding window, where any layer uses one."""
-        config = self._config
+        config = self.config
         window = config.get("sliding_window", 4096 if family is Family.MISTRAL else None)
         if window is None or family is Family.LLAMA:
             return None
@@ -237,26 +248,26 @@ class _Reader:
 
     def rope(self) -> Rope:
         """``rope_parameters`` of transformers 5, or the older ``rope_theta`` + ``rope_scaling``."""
-        config = self._config
+        config = self.config
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-            raise WeightsError(f"{self._where}: rope_parameters by layer are not supported")
+            raise WeightsError(f"{self.where}: rope_parameters by layer are not supported")
         name = given.get("rope_type", given.get("type", "default"))
         kind = next((kind for kind in RopeType if kind.value == name), None)
         if kind is None:
             raise WeightsError(
-                f"{self._where}: rope type {name} is not supported; "
+                f"{self.where}: rope type {name} is not supported; "
                 f"supported are {', '.join(RopeType)}"
             )
         if given.get("partial_rotary_factor", 1.0) != 1.0:
-            raise WeightsError(f"{self._where}: partial_rotary_factor is not supported")
+            raise WeightsError(f"{self.where}: partial_rotary_factor is not supported")
         theta = float(given.get("rope_theta", config.get("rope_theta", 10000.0)))
         if kind is RopeType.DEFAULT:
             return Rope(theta)
         try:
             return _scaled_rope(kind, theta, given, self.size("max_position_embeddings", 2048))
         except (KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{self._where}: rope type {name}: {error} is wrong") from None
+            raise WeightsError(f"{self.where}: rope type {name}: {error} is wrong") from None
 
 
 def _scaled_rope(kind: RopeType, theta: float, given: Mapping[str, Any], context: int) -> Rope:
@@ -301,7 +312,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise WeightsError(f"{path.parent}: no {path.name}; is it a model's folder?") from None
     except OSError as error:
-        raise WeightsError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise WeightsError(f"{path}: {reason(error)}") from None
     except ValueError:
         raise WeightsError(f"{path}: not valid JSON") from None
     if not isinstance(data, dict):

@@ -29,6 +29,7 @@ from ..core.api_keys import all_keys
 from ..core.card import ModelCard
 from ..core.clock import monotonic
 from ..core.config import Deployment
+from ..core.files import write_whole
 from ..core.ids import new_epoch
 from ..core.keys import admit, is_loopback, require_safe_bind
 from ..core.supervised import up
@@ -107,7 +108,8 @@ async def serving(
             async with listening(app, deployment, _http_log()) as (host, port):
                 certificate = deployment.security.tls_cert
                 found = {"host": host, "port": port, "pid": os.getpid(), "token": token}
-                _write(written, found | {"certificate": certificate})
+                content = json.dumps(found | {"certificate": certificate})
+                write_whole(written, content.encode())
                 scheme = "http" if certificate is None else "https"
                 log.info("listening at %s://%s:%d", scheme, host, port)
                 up()
@@ -177,10 +179,7 @@ def _salt(run_dir: Path) -> bytes:
     started again, so that the workers' caches outlive it."""
     path = run_dir / "salt"
     if not path.exists():
-        new = path.with_suffix(".new")
-        new.touch(mode=0o600)
-        new.write_bytes(secrets.token_bytes(32))
-        new.replace(path)
+        write_whole(path, secrets.token_bytes(32))
     return path.read_bytes()
 
 
@@ -194,11 +193,3 @@ def _http_log() -> logging.Logger:
     http_log = log.getChild("http")
     http_log.filters = [is_ours]
     return http_log
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """All at once: whoever finds the file finds it whole."""
-    new = path.with_suffix(".new")
-    new.touch(mode=0o600)
-    new.write_text(json.dumps(content), encoding="utf-8")
-    new.replace(path)

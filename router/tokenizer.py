@@ -113,7 +113,10 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     """A file of its own goes before the one in the tokenizer's configuration."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise StartupError(f"{file} can't be read: {error}") from error
     match config.get("chat_template"):
         case str(source):
             return source

@@ -257,8 +257,13 @@ def _engine(deployment: Deployment, card: ModelCard, post: Post) -> Built:
                 raise
             log.warning("KV blocks will be sent, not shared: %s", error)
             return build(shared=False), budgets, LIMIT_S
-    from ..engine.build import build_engine
-    from ..engine.device import resolve_device
+    try:
+        from ..engine.build import build_engine
+        from ..engine.device import resolve_device
+    except (ImportError, MemoryError) as error:  # its libraries are large
+        raise StartupError(
+            f"torch can't be loaded: {error}; is it installed, and is there memory for it?"
+        ) from error
 
     device = resolve_device(post.device)
     on_gpu = device.type != "cpu"

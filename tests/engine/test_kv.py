@@ -49,7 +49,6 @@ def test_a_block_of_an_8b_llama_is_two_mib() -> None:
         ({"memory": 0.5, "memory_share": 0.5}, 141 * 0.25 - 18),
         ({"memory": "10GiB"}, 10),
         ({"memory": "10GiB", "memory_share": 0.5}, 5),
-        ({"memory": "512GiB"}, 120 * 0.95 - 3),
         ({"state": MemoryState(141 * GIB, 40 * GIB)}, 40 * 0.95 - 3),
         ({"on_gpu": False}, 8),  # eight sequences of the longest length
         ({"on_gpu": False, "max_context": 32768}, 14.1),  # a tenth of the memory
@@ -68,6 +67,15 @@ def test_no_room_for_one_sequence(changes: dict[str, Any]) -> None:
     with pytest.raises(OutOfMemory) as caught:
         planned(**changes)
     assert "raise kv.memory, or lower model.max_context" in str(caught.value)
+
+
+def test_a_size_that_is_not_free_is_said_and_not_cut() -> None:
+    with pytest.raises(OutOfMemory) as caught:
+        planned(memory="512GiB", memory_share=0.5)
+    assert str(caught.value) == (
+        "kv.memory: 512GiB is 256.00 GiB for this worker, and 111.00 GiB of its device are free; "
+        "ask for less"
+    )
 
 
 def test_the_context_that_would_fit_is_named() -> None:

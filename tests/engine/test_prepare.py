@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -96,6 +97,9 @@ def test_damaged_weights(folder: Path) -> None:
     assert "not a whole safetensors file" in after(whole[:100])
     assert "not a whole safetensors file" in after(b"\xff" * 8 + whole[8:])
     assert "its header can't be read" in after(whole[:8] + b"\x00" + whole[9:])
+    assert "its tensors end at" in after(whole + b"\x00")
+    assert "does not lie where its header says" in after(whole.replace(b"[307,48]", b"[308,48]"))
+    assert "is Q32; use bf16, fp16 or fp32" in after(whole.replace(b'"F32"', b'"Q32"', 1))
     assert "damaged" in after(b"")
     weights.unlink()
     assert "no .safetensors files" in refused(section(folder), WeightsError)
@@ -115,6 +119,15 @@ def test_a_shard_is_missing(folder: Path) -> None:
 def test_no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer.json" in refused(section(folder), WeightsError)
+
+
+def test_a_folder_that_may_not_be_entered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)
+    said = refused(section(folder), WeightsError)
+    assert said == f"model.path: {folder}: permission denied"
 
 
 def test_paths_that_are_no_model(folder: Path, tmp_path: Path) -> None:

@@ -77,6 +77,9 @@ def test_a_family_by_its_model_type() -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported are"),
         ({"architectures": None}, "architecture none is not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
+        ({"rms_norm_eps": "small"}, "is not a model's: could not convert string to float"),
+        ({"rope_parameters": {"rope_theta": []}}, "is not a model's: float() argument must be"),
+        ({"architectures": 5}, "is not a model's: "),
         ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'"),
         ({"num_key_value_heads": 3}, "4 attention heads can't share 3 key-value heads"),
         ({"head_dim": 7}, "head_dim is 7"),
@@ -113,6 +116,9 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
     assert eos_token_ids(tmp_path) == (0, 5, 9)
     (tmp_path / "config.json").write_text("{}")
     assert eos_token_ids(tmp_path) == (0, 5, 9)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(WeightsError, match="eos_token_id is '</s>', not one token or several"):
+        eos_token_ids(tmp_path)
 
 
 @pytest.mark.parametrize(
