@@ -293,7 +293,7 @@ class Dispatch:
             if len(request.output) > num_before:
                 effects.append(Emit(request.id, item, request.marks.gap))
                 if not request.over:
-                    self._loads.token(request.id)
+                    self._loads.token(request.id, now)
                     if not num_before and request.placement is not None:
                         self._fleet.changed(*request.placement.workers)
             if orders or request.over or request.placement is not before:

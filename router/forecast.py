@@ -3,8 +3,8 @@
 A worker computes prompts in chunks beside its batch, as large as the batch's objective
 leaves room for (``prefill.pace``). So its prompts go at a *rate*, in ms of chunks a ms: that
 of whole chunks where nothing decodes, less the more there is. TTFT is the work before and of
-this prompt over that rate; TPOT the decode step after joining. What is reserved or in
-flight counts as if it ran.
+this prompt over that rate, and a whole step at least; TPOT the decode step after joining. What
+is reserved or in flight counts as if it ran.
 
 A batch has only so many places, and a pool so many blocks. Where all are taken somebody must
 end first: a prompt of the worker's own waits for that before it starts, one from elsewhere
@@ -68,8 +68,12 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     chunk = np.minimum(chunk, np.maximum(room, 0.0))
     rate = np.maximum(chunk / (chunk + c.prefill_base + beside + 1e-9), _LEAST_RATE)
     done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * rate))
-    step = np.where(c.batch > 0, (beside + c.decode_base) * 0.5, 0.0)
-    ttft = wish.waited_ms + step + (c.prefill_ms - done + work) / rate
+    # what has left the queue is in the step that is on, else half a step of decode is still to go
+    begun = (c.head_ms - done) / rate
+    half = np.where((c.batch > 0) & (c.head_ms == 0.0), (beside + c.decode_base) * 0.5, 0.0)
+    ahead = c.prefill_ms - c.head_ms + work
+    own = np.maximum(ahead / rate, np.maximum(ahead + c.prefill_base + beside, c.decode_base))
+    ttft = wish.waited_ms + half + begun + own
     batch = c.batch + 1.0
     tpot = c.decode_base + c.per_sequence * batch + c.per_kv * (c.kv + (n + wish.growth))
     kv = c.kv + (n + wish.growth)

@@ -1,4 +1,10 @@
-"""What each worker has been given and has not done yet: kept as it changes, for the policy."""
+"""What each worker has been given and has not done yet: kept as it changes, for the policy.
+
+How far a prompt has come its worker does not say, only when it leaves the queue and when it is
+done. A step that ends one prompt goes on with the next. So what has been computed since
+the one before was done, at the pace of late, and was not of this one, is taken to be of those
+that have left the queue as well.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,10 @@ from dataclasses import dataclass, field
 
 from ..core.ids import WorkerRef
 from .snapshot import Placement
+
+_KEEP = 0.95  # of the pace of prompts, from one to the next
+_PRIOR_MS = 100.0
+_PRIOR_PACE = 0.8
 
 
 @dataclass(slots=True)
@@ -21,6 +31,7 @@ class Load:
     prefill_ms: float = 0.0
     head_ms: float = 0.0
     head_since: float = 0.0
+    num_heads: int = 0
     batch: int = 0
     kv_growth: float = 0.0
     tpots: Counter[float] = field(default_factory=Counter)
@@ -41,12 +52,32 @@ class _Charge:
     prefill_ms: float
     growth: float
     tpot_ms: float
+    work_ms: float  # what the prompt takes, whether or not anybody waits for it
     head: bool = False
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Of a worker's prompts: ms of chunks in a ms, of late."""
+
+    since: float = 0.0  # when the last one was done, or the first one of a row began
+    work_ms: float = _PRIOR_MS * _PRIOR_PACE
+    time_ms: float = _PRIOR_MS
+
+    @property
+    def rate(self) -> float:
+        return self.work_ms / self.time_ms
+
+    def done(self, work_ms: float, now: float) -> None:
+        self.work_ms = self.work_ms * _KEEP + work_ms
+        self.time_ms = self.time_ms * _KEEP + (now - self.since) * 1e3
+        self.since = now
 
 
 class Loads:
     def __init__(self) -> None:
         self._loads: dict[WorkerRef, Load] = {}
+        self._paces: dict[WorkerRef, _Pace] = {}
         self._charges: dict[str, _Charge] = {}
         self._due: list[tuple[float, int, _Charge]] = []  # a heap; the number settles a tie
         self._count = 0
@@ -68,7 +99,7 @@ class Loads:
         assert request_id not in self._charges
         forecast = placement.forecast
         work_ms = forecast.work_ms if forecast is not None else 0.0
-        charge = _Charge(placement, num_tokens, num_tokens, work_ms, growth, tpot_ms)
+        charge = _Charge(placement, num_tokens, num_tokens, work_ms, growth, tpot_ms, work_ms)
         self._charges[request_id] = charge
         if deadline < math.inf and work_ms > 0:
             self._count += 1
@@ -86,10 +117,15 @@ class Loads:
     def started(self, request_id: str, now: float) -> None:
         """The prompt has left its queue: from now on what is left of it gets less."""
         charge = self._charges.get(request_id)
-        if charge is not None and charge.prefill_tokens:
+        if charge is not None and charge.prefill_tokens and not charge.head:
+            worker = charge.placement.prefill
+            load = self._of(worker)
+            if not load.num_heads:
+                load.head_since = now
+                self._pace(worker).since = now
             charge.head = True
-            load = self._of(charge.placement.prefill)
-            load.head_ms, load.head_since = charge.prefill_ms, now
+            load.num_heads += 1
+            load.head_ms += charge.prefill_ms
 
     def demote(self, now: float) -> set[WorkerRef]:
         """Prompts that can't make their deadline any more step behind all others: nobody waits
@@ -104,11 +140,13 @@ class Loads:
                 changed.add(charge.placement.prefill)
         return changed
 
-    def token(self, request_id: str, count: int = 1) -> None:
+    def token(self, request_id: str, now: float, count: int = 1) -> None:
         """The prompt is computed with the first token; each one grows the sequence."""
         charge = self._charges[request_id]
         decode = self._of(charge.placement.decode)
-        self._prefilled(charge)
+        if charge.prefill_tokens:
+            self._computed(charge, now)
+            self._prefilled(charge)
         grown = min(charge.growth, count)
         decode.kv_tokens += count
         decode.kv_growth -= grown
@@ -135,13 +173,31 @@ class Loads:
                 assert load.prefill_tokens == load.kv_tokens == load.batch == 0
                 del self._loads[worker]
 
+    def _computed(self, charge: _Charge, now: float) -> None:
+        """What was done beside it is the others' who have left the queue."""
+        worker = charge.placement.prefill
+        load, pace = self._of(worker), self._pace(worker)
+        if not charge.head or charge.work_ms <= 0:
+            return
+        pace.done(charge.work_ms, now)
+        others_ms = load.head_ms - charge.prefill_ms
+        beside_ms = (now - load.head_since) * 1e3 * pace.rate - charge.work_ms
+        load.head_since = now - max(0.0, min(beside_ms, others_ms)) / 1e3 / pace.rate
+
     def _prefilled(self, charge: _Charge) -> None:
         load = self._of(charge.placement.prefill)
         load.prefill_tokens -= charge.prefill_tokens
         load.prefill_ms = max(0.0, load.prefill_ms - charge.prefill_ms)
         if charge.head:
-            load.head_ms = 0.0
+            load.num_heads -= 1
+            load.head_ms = max(0.0, load.head_ms - charge.prefill_ms) if load.num_heads else 0.0
         charge.prefill_tokens, charge.prefill_ms, charge.head = 0, 0.0, False
+
+    def _pace(self, worker: WorkerRef) -> _Pace:
+        pace = self._paces.get(worker)
+        if pace is None:
+            pace = self._paces[worker] = _Pace()
+        return pace
 
     def _of(self, worker: WorkerRef) -> Load:
         load = self._loads.get(worker)

@@ -26,10 +26,10 @@ class WorkerView:
     """A worker that takes requests; the counts are the router's own, of what it has placed.
 
     ``cost`` is None until the worker has measured its steps. ``prefill_ms`` is the forecast
-    of what ``prefill_tokens`` take, chunks alone; of it, ``head_ms`` are the prompt that has
-    started at ``head_since`` (s, the router's clock). ``kv_growth`` are the tokens that the
-    ``batch`` is expected to hold beyond ``kv_tokens``. ``tpot_ms`` is the tightest objective
-    of the batch.
+    of what ``prefill_tokens`` take, chunks alone; of it, ``head_ms`` are the prompts that have
+    left the queue, and are computed as if since ``head_since`` (s, the router's clock).
+    ``kv_growth`` are the tokens that the ``batch`` is expected to hold beyond ``kv_tokens``.
+    ``tpot_ms`` is the tightest objective of the batch.
     """
 
     ref: WorkerRef

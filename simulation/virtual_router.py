@@ -102,11 +102,12 @@ class VirtualRouter:
         self._touch(self._places[served.request_id][0])
 
     def first_token(self, served: Served, now: float) -> None:
-        self._loads.token(served.request_id)
+        self._loads.token(served.request_id, now)
         self._touch(*self._places[served.request_id])
 
     def grown(self, served: Served, count: int) -> None:
-        self._loads.token(served.request_id, count)
+        assert served.first is not None  # its prompt was done then, and nothing else needs the time
+        self._loads.token(served.request_id, served.first, count)
 
     def ended(self, served: Served, worker: VirtualWorker, now: float) -> None:
         self._loads.left(served.request_id)

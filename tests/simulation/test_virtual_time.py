@@ -221,13 +221,14 @@ def test_the_worst_phase_of_a_load_is_what_counts() -> None:
     def made(phases: int) -> list[Arrival]:
         return shifting(kinds, [40.0, 8.0], 500.0, 30.0, phases=phases, phase_s=1.0, seed=1)
 
-    three, four = (simulate(fleet(M, M), made(phases)) for phases in (3, 4))
     assert [sorted({one.phase for one in made(n)}) for n in (3, 4)] == [[-1, 2], [-1, 2, 3]]
-    assert all(2.0 <= one.arrival.time < 3.0 for one in three.served)
-    assert three.attainment == 1.0
-    last = [one.good for one in four.served if one.arrival.phase == 3]
-    assert four.attainment == sum(last) / len(last) < 0.7
-    assert sum(one.good for one in four.served) / len(four.served) > 0.7
+    served = simulate(fleet(M, M), made(4))
+    shares = []
+    for phase in (2, 3):
+        good = [one.good for one in served.served if one.arrival.phase == phase]
+        shares.append(sum(good) / len(good))
+    assert served.attainment == min(shares) < max(shares)
+    assert all(one.arrival.time >= 2.0 for one in served.served)
 
 
 def test_a_load_that_shifts_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
