@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: serve test test-all check format docs bench clean
+.PHONY: serve test test-all check format docs bench deaths clean
 
 serve: $(READY)
 	@exec $(BIN)/pdserve serve $(CONFIG)
@@ -41,6 +41,12 @@ bench: $(READY)
 	$(BIN)/pdserve bench compare configs/bench-cpu-colocated.yaml configs/bench-cpu-split.yaml \
 	  configs/bench-cpu-adaptive.yaml --workload 64/24@1.5 --slo 2000/200 --vocab 49152 \
 	  --duration 15 --warmup 2 --tolerance 0.25 --lowest 0.5 --highest 16 --min-requests 20 --out $(BENCH)
+
+# Workers killed by the hundred: see tests/chaos.
+DEATHS ?= 1000
+OUT ?= /dev/null
+deaths: $(READY)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos/deaths.py --deaths $(DEATHS) --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
