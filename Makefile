@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: serve test test-all check format docs bench deaths clean
+.PHONY: serve test test-all check format docs bench deaths soak clean
 
 serve: $(READY)
 	@exec $(BIN)/pdserve serve $(CONFIG)
@@ -47,6 +47,11 @@ DEATHS ?= 1000
 OUT ?= /dev/null
 deaths: $(READY)
 	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos/deaths.py --deaths $(DEATHS) --out $(OUT)
+
+# The router at its highest load for minutes: nothing grows, nothing gets slower.
+SOAK_MINUTES ?= 10
+soak: $(READY)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos/soak.py --minutes $(SOAK_MINUTES) --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -43,7 +43,7 @@ pools:
   prefill: {{workers: {prefill}, device: cpu}}
   decode: {{workers: {decode}, device: cpu}}
 kv: {{memory: 192KiB}}  # 192 blocks: a few long prompts fill it
-simulation: {{step_ms: 2}}
+simulation: {{step_ms: {step_ms}}}
 router: {{max_queue: 256}}
 """
 
@@ -59,12 +59,15 @@ class Deaths:
 
 
 @contextlib.contextmanager
-def fleet(prefill: int, decode: int) -> Iterator[tuple[Server, Path]]:
+def fleet(prefill: int, decode: int, step_ms: float = 2.0) -> Iterator[tuple[Server, Path]]:
     """A deployment in a runtime folder of its own; it is ended, and must have left nothing."""
     with tempfile.TemporaryDirectory(prefix="pd-", dir="/tmp") as name:
         folder = Path(name)
         file = folder / "fleet.yaml"
-        file.write_text(FLEET.format(max_context=MAX_CONTEXT, prefill=prefill, decode=decode))
+        text = FLEET.format(
+            max_context=MAX_CONTEXT, prefill=prefill, decode=decode, step_ms=step_ms
+        )
+        file.write_text(text)
         process = start(file, env={"XDG_RUNTIME_DIR": name})
         try:
             yield Server(process, ready_url(process)), folder

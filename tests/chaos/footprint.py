@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ class Footprint:
             len(list(Path(f"/proc/{pid}/fd").iterdir())),
             int(fields["Threads"]),
         )
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU that the process has taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def children(pid: int) -> list[int]:

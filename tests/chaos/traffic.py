@@ -69,7 +69,8 @@ class Tally:
     errors: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
-    firsts: list[tuple[float, float]] = field(default_factory=list)  # (when, seconds)
+    # of whole streams: when each ended, seconds to its first token, seconds in all
+    streams: list[tuple[float, float, float]] = field(default_factory=list)
 
     def add(self, case: Case, told: Told) -> None:
         self.counts[told.outcome] += 1
@@ -80,6 +81,7 @@ class Tally:
             self.faults.append(f"{case.kind}: {told.why}: {told.text!r} not {case.expected!r}")
         if told.outcome is Outcome.RIGHT and case.stream:
             self.gaps.append(told.gap_s)
+            self.streams.append((time.monotonic(), told.first_s, told.total_s))
 
     @property
     def calls(self) -> int:
