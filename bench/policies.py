@@ -78,6 +78,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--jitter", type=float, default=0.0, metavar="F", help="relative deviation of a step")
     add("--rate", type=float, default=7.0, metavar="R", help="prefix: requests a second")
     add("--no-own", action="store_true", help="table: no column with our own admission")
+    add(
+        "--since",
+        type=Path,
+        metavar="JSON",
+        help="table: an earlier --out; who was the best static policy is not looked for again",
+    )
     add("--processes", type=int, default=2, metavar="N", help="default 2")
     add("--out", type=Path, metavar="JSON")
     return parser.parse_args(arguments)
@@ -138,7 +144,16 @@ def _table(options: argparse.Namespace) -> dict[str, Any]:
         return [rows[cell] for cell in cells if cell in rows]
 
     left = [cell for cell in cells if cell not in rows]
-    run(left, spec, options.traces, options.processes, ours=not options.no_own, each=each)
+    earlier = read(options.since, spec) if options.since is not None else {}
+    run(
+        left,
+        spec,
+        options.traces,
+        options.processes,
+        ours=not options.no_own,
+        earlier=earlier,
+        each=each,
+    )
     print(table(done()))
     return as_json(done(), spec)
 

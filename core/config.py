@@ -195,7 +195,7 @@ class RouterSection(_Section):
     control: ControlEndpoint | None = None  # where workers of other hosts join
     policy: Policy = Policy.ADAPTIVE
     admission: Admission = Admission.QUEUE
-    plan_roles: Flag = False  # move workers between prefill and decode as the load asks
+    plan_roles: Flag = False  # move workers between roles as the load asks
     max_queue: Positive = 1024  # requests in the house; the next one gets 429
     request_timeout_s: Seconds = 600.0
     max_body: Body = "auto"  # auto: 32 bytes for each token of the context, at least 4 MiB

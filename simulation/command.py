@@ -82,7 +82,8 @@ def _fleets(deployment: Deployment, options: argparse.Namespace, prefix_cache: b
     admission = deployment.router.admission
     static = replace(spec, paced=False, demote=admission is Admission.SLO)
     mixed = (Role.MIXED,) * len(roles)
-    fleets = [Fleet("adaptive", roles, Policy.ADAPTIVE, admission, spec)]
+    planned = deployment.router.plan_roles
+    fleets = [Fleet("adaptive", roles, Policy.ADAPTIVE, admission, spec, planned=planned)]
     fleets.append(Fleet("colocated", mixed, Policy.COLOCATED, admission, static, False))
     if can_split(pools):
         split = Fleet("disaggregated", roles, Policy.DISAGGREGATED, admission, static, False)

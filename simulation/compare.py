@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -186,7 +186,10 @@ def run_cell(
     *,
     ours: bool = True,
     chunks: Sequence[int] = CHUNKS,
+    earlier: Row | None = None,
 ) -> Row:
+    """``earlier`` is what the same cell came to before our policy was changed. As the field runs
+    them static policies know nothing of it: who was the best of them is not looked for again."""
     began = time.process_time()
     runs = 0
 
@@ -196,30 +199,37 @@ def run_cell(
         runs += found.runs
         return found
 
+    def named(fleets: Sequence[Fleet], name: str) -> list[Fleet]:
+        return sorted(fleets, key=lambda fleet: fleet.name != name)
+
     if not can_be_met(cell, spec, traces):
         seconds = time.process_time() - began
         return Row(cell, 0.0, 0.0, 0.0, 0.0, "", "", None, None, seconds, 0)
     load_at, guess = load_of(cell, spec, traces), guess_of(cell, spec, traces)
-    own = best([adaptive(cell.gpus, spec)], 1.6 * guess)
+    own = best([adaptive(cell.gpus, spec)], earlier.adaptive if earlier else 1.6 * guess)
     near = 0.8 * own.rate or guess
-    plain = best(colocateds(cell.gpus, spec, Admission.OPEN, chunks), near)
-    halves = best(divided(cell.gpus, spec, Admission.OPEN), near)
-    static = max(plain, halves, key=lambda found: found.rate)
+    mixed = colocateds(cell.gpus, spec, Admission.OPEN, chunks)
+    halves = divided(cell.gpus, spec, Admission.OPEN)
+    if earlier is None:
+        plain, parted = best(mixed, near), best(halves, near)
+        static = max(plain, parted, key=lambda found: found.rate)
+        rates = plain.rate, parted.rate
+    else:
+        static = best(named([*mixed, *halves], earlier.best)[:1], earlier.static)
+        rates = earlier.colocated, earlier.split
     ruled = None
     if ours:
-        # those that did best without it first: it changes little about who that is
+        # who did best without it first: it changes little about who that is
+        name = static.fleet.name if static.fleet else ""
         fleets = [
             *divided(cell.gpus, spec, Admission.SLO),
             *colocateds(cell.gpus, spec, Admission.SLO, chunks),
         ]
-        name = static.fleet.name if static.fleet else ""
-        fleets.sort(key=lambda fleet: fleet.name != name)
-        ruled = best(fleets, 1.05 * static.rate or near)
+        ruled = best(named(fleets, name), 1.05 * static.rate or near)
     return Row(
         cell,
         own.rate,
-        plain.rate,
-        halves.rate,
+        *rates,
         ruled.rate if ruled else None,
         static.fleet.name if static.fleet else "",
         ruled.fleet.name if ruled and ruled.fleet else "",
@@ -237,18 +247,23 @@ def run(
     processes: int = 1,
     *,
     ours: bool = True,
+    earlier: Mapping[Cell, Row] | None = None,
     each: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    wanted = list(cells)
+    wanted, before = list(cells), earlier or {}
     if processes == 1:
         rows = []
         for cell in wanted:
-            rows.append(run_cell(cell, spec, traces, ours=ours))
-            each(rows[-1])
+            row = run_cell(cell, spec, traces, ours=ours, earlier=before.get(cell))
+            rows.append(row)
+            each(row)
         return rows
     found: dict[Cell, Row] = {}
     with ProcessPoolExecutor(processes) as pool:
-        futures = [pool.submit(run_cell, cell, spec, traces, ours=ours) for cell in wanted]
+        futures = [
+            pool.submit(run_cell, cell, spec, traces, ours=ours, earlier=before.get(cell))
+            for cell in wanted
+        ]
         for future in as_completed(futures):
             row = future.result()
             found[row.cell] = row

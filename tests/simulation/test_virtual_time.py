@@ -143,6 +143,9 @@ def test_the_adaptive_policy_is_no_worse_than_the_static_ones() -> None:
         row = run_cell(cell, spec, None, ours=False, chunks=(512,))
         assert row.ratio is not None and row.ratio >= 0.98, row
         assert cell.workload in table([row])
+        again = run_cell(cell, spec, None, ours=False, chunks=(512,), earlier=row)
+        assert again.runs < row.runs and again.best == row.best
+        assert again.ratio == pytest.approx(row.ratio, rel=0.02)
 
 
 def test_the_planner_turns_a_wrong_split_into_a_right_one() -> None:
