@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: serve test test-all check format docs bench deaths soak clean
+.PHONY: serve test test-all check format docs bench deaths soak chaos clean
 
 serve: $(READY)
 	@exec $(BIN)/pdserve serve $(CONFIG)
@@ -44,7 +44,7 @@ bench: $(READY)
 
 # Workers killed by the hundred: see tests/chaos.
 DEATHS ?= 1000
-OUT ?= /dev/null
+OUT ?= chaos.json
 deaths: $(READY)
 	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos/deaths.py --deaths $(DEATHS) --out $(OUT)
 
@@ -52,6 +52,14 @@ deaths: $(READY)
 SOAK_MINUTES ?= 10
 soak: $(READY)
 	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos/soak.py --minutes $(SOAK_MINUTES) --out $(OUT)
+
+# A real deployment, broken on purpose until the time is over or so many workers have died;
+# FAULTS=kill,stop narrows the kinds, SEED repeats a run.
+MINUTES ?= 10
+chaos: $(READY)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos/chaos.py --out $(OUT) \
+	  --minutes $(MINUTES) --deaths $(DEATHS) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(FAULTS),--faults $(FAULTS))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

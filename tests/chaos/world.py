@@ -1,0 +1,229 @@
+"""A real deployment that may be broken: two prefill and two decode workers of SmolLM2 in fp32.
+
+It has a run folder of its own (a small file system where this user may mount one, so that it
+can be filled), pools of KV so small that a few long requests fill them, and a wall clock that
+can be set where there is a C compiler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from footprint import Footprint, children, processes_of, shared_files
+from plan import ROUTER, WORKERS
+from served import STOP_LIMIT_S, Server, command, environment, ready_url, start
+
+WHOLE_S = 240.0  # for all to be well again; a worker loads its weights anew on a busy machine
+REST_S = 120.0
+_POLL_S = 0.2
+_FIRST_ROLES = {"prefill": 2, "decode": 2}
+
+DEPLOYMENT = """
+model: {path: smollm2, dtype: fp32, max_context: 768}
+pools:
+  prefill: {workers: 2, device: cpu}
+  decode: {workers: 2, device: cpu}
+kv: {memory: 192MiB}  # of four workers: 68 blocks each, for some 1,000 tokens
+router: {max_queue: 256}
+"""
+
+
+@dataclass
+class World:
+    server: Server
+    folder: Path
+    disk: Path | None  # a small file system with the run folder, where there is one
+    skew: mmap.mmap | None  # seconds that wall clocks are wrong by
+    roles: Mapping[str, int] = field(default_factory=lambda: dict(_FIRST_ROLES))
+    shared: set[Path] = field(default_factory=set)  # every file in /dev/shm that was used
+
+    def pids(self) -> dict[str, int]:
+        """The processes that run, by name, as the system knows them."""
+        found = {}
+        for pid in children(self.server.process.pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                if "--id" in line:
+                    found[line[line.index("--id") + 1]] = pid
+                elif ROUTER in line:
+                    found[ROUTER] = pid
+        return found
+
+    def signal(self, number: signal.Signals, *names: str) -> None:
+        pids = self.pids()
+        for name in names:
+            if name in pids:  # else it is between two lives
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pids[name], number)
+
+    def set_clock(self, seconds: float) -> None:
+        assert self.skew is not None
+        self.skew[:8] = struct.pack("d", seconds)
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """To the last byte, and to the last name."""
+        assert self.disk is not None
+        ballast = self.disk / "ballast"
+        ballast.mkdir()
+        with contextlib.suppress(OSError), (ballast / "bytes").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with contextlib.suppress(OSError):
+            for number in range(1 << 16):
+                (ballast / str(number)).touch()
+        try:
+            yield
+        finally:
+            shutil.rmtree(ballast)
+
+    async def scale(self, roles: Mapping[str, int]) -> str | None:
+        """With the command; what it says where it can't."""
+        self.roles = roles
+        options = [word for role, count in roles.items() for word in (f"--{role}", str(count))]
+        process = await asyncio.create_subprocess_exec(
+            *command("scale", self.server.url, *options),
+            env=environment() | {"XDG_RUNTIME_DIR": str(self.folder / "run")},
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, words = await process.communicate()
+        return words.decode() if process.returncode else None
+
+    async def ended(self, names: tuple[str, ...]) -> None:
+        """SIGTERM, and until they have ended."""
+        pids = [pid for name, pid in self.pids().items() if name in names]
+        self.signal(signal.SIGTERM, *names)
+        await self._until(
+            f"{names} have ended", lambda: not set(pids) & set(self.pids().values()), REST_S
+        )
+
+    async def whole(self) -> float:
+        """Waits until every worker is there, in its role, and known to the router; when it was."""
+        return await self._until("all is well again", self._is_whole, WHOLE_S)
+
+    async def rest(self) -> None:
+        """No request is in the house, and no block is held."""
+        await self._until("at rest", self._is_at_rest, REST_S)
+
+    def footprints(self) -> dict[int, Footprint]:
+        pids = [self.server.process.pid, *self.pids().values()]
+        self.shared |= shared_files(pids)
+        return {pid: Footprint.of(pid) for pid in pids}
+
+    def _is_whole(self) -> bool:
+        pids = self.pids()
+        workers = self.server.workers()
+        counts = dict.fromkeys(self.roles, 0)
+        for worker in workers.values():
+            counts[worker["role"]] = counts.get(worker["role"], 0) + 1
+        return (
+            set(workers) == set(WORKERS) == set(pids) - {ROUTER}
+            and all(
+                worker["state"] == "ready" and not worker["silent"] and worker["pid"] == pids[name]
+                for name, worker in workers.items()
+            )
+            and counts == dict(self.roles)
+        )
+
+    def _is_at_rest(self) -> bool:
+        live = self.server.get("/live")
+        held = self.server.held()
+        return not any(live["stages"].values()) and all(
+            worker["waiting"] == worker["running"] == held[worker["id"]] == 0
+            for worker in live["workers"]
+        )
+
+    async def _until(self, what: str, holds: Callable[[], bool], limit_s: float) -> float:
+        end = time.monotonic() + limit_s
+        while True:
+            assert self.server.process.poll() is None, "the deployment has ended by itself"
+            with contextlib.suppress(OSError, ValueError):  # the router may be away
+                if await asyncio.to_thread(holds):
+                    return time.monotonic()
+            assert time.monotonic() < end, f"not within {limit_s:.0f} s: {what}; {self._state()}"
+            await asyncio.sleep(_POLL_S)
+
+    def _state(self) -> Any:
+        try:
+            return self.server.get("/live")
+        except OSError as error:
+            return f"{error}, processes {self.pids()}"
+
+
+@contextlib.contextmanager
+def world(left: list[str]) -> Iterator[World]:
+    """Up until the block ends. Then it is ended with SIGINT, and ``left`` is told what is still
+    there, or how else it did not end well."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-", dir="/tmp")))
+        (folder / "run").mkdir()
+        disk = stack.enter_context(_small_disk(folder / "run"))
+        skew, preload = _clock(folder)
+        file = folder / "deployment.yaml"
+        file.write_text(DEPLOYMENT)
+        process = start(file, env={"XDG_RUNTIME_DIR": str(folder / "run"), **preload})
+        made = None
+        try:
+            made = World(Server(process, ready_url(process)), folder, disk, skew)
+            yield made
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                if (code := process.wait(2 * STOP_LIMIT_S)) != 0:
+                    left.append(f"the deployment ended with {code}")
+            except subprocess.TimeoutExpired:
+                left.append(f"the deployment did not end within {2 * STOP_LIMIT_S:.0f} s")
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+            left += [f"left running: {line}" for line in processes_of(folder)]
+            left += [f"left in the run folder: {path}" for path in _files(folder / "run")]
+            if made is not None:
+                left += [f"left in /dev/shm: {path}" for path in made.shared if path.exists()]
+
+
+def _files(base: Path) -> list[Path]:
+    return [path for path in base.rglob("*") if path.name not in ("pdserve", ".lock")]
+
+
+@contextlib.contextmanager
+def _small_disk(folder: Path) -> Iterator[Path | None]:
+    options = "size=1m,nr_inodes=200,mode=700"
+    mount = ("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder))
+    able = os.getuid() == 0 and shutil.which("mount") is not None
+    if not able or subprocess.run(mount, capture_output=True).returncode != 0:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(("umount", "-l", str(folder)), check=True)
+
+
+def _clock(folder: Path) -> tuple[mmap.mmap | None, dict[str, str]]:
+    """A wall clock that can be set, and what makes processes read it."""
+    library, seconds = folder / "skew.so", folder / "skew"
+    source = Path(__file__).with_name("skew.c")
+    compiler = shutil.which("cc")
+    build = (compiler or "cc", "-shared", "-fPIC", "-O2", "-o", str(library), str(source), "-ldl")
+    if compiler is None or subprocess.run(build, capture_output=True).returncode != 0:
+        return None, {}
+    seconds.write_bytes(bytes(mmap.PAGESIZE))
+    with seconds.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+    return mapped, {"LD_PRELOAD": str(library), "CHAOS_SKEW": str(seconds)}
