@@ -39,6 +39,7 @@ from ..router.membership import Membership
 from ..router.requests import Ask, State
 from ..router.snapshot import Objectives
 from .router_load import hello
+from .router_share import Histograms, own_share
 
 NUM_WORKERS = 256
 _HELD_BLOCKS = 1024  # of each worker, in the map of prefixes
@@ -143,7 +144,9 @@ def streams(arguments: argparse.Namespace) -> dict[str, Any]:
                 bare = _clients(bare_port, bare_pid, load)
             pairs.append((_per_cpu(ours), _per_cpu(bare), ours, bare))
         half = load | {"num_streams": arguments.streams // 2, "window_s": 2.0, "rate": 50.0}
+        before = Histograms.scrape(port)
         ours = _clients(port, pid, half)
+        share = own_share(port, before)
         with _bare(ours["sample"], interval_s) as (bare_port, bare_pid):
             bare = _clients(bare_port, bare_pid, half)
     ratios = [router / bare_ for router, bare_, _, _ in pairs]
@@ -162,6 +165,7 @@ def streams(arguments: argparse.Namespace) -> dict[str, Any]:
             "router_ttft_ms": ours["ttft_ms"],
             "bare_ttft_ms": bare["ttft_ms"],
             "added_p99_ms": ours["ttft_ms"]["p99"] - bare["ttft_ms"]["p99"],
+            "router_share_ms": share,
         },
     }
 

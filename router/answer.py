@@ -54,7 +54,10 @@ class Trace:
     call_id: str
     caller: Caller | None = None  # None where no key is asked for
     started: float = field(default_factory=time.monotonic)
+    placed: float | None = None  # the workers have been told
     first: float | None = None
+    received: float | None = None  # the first token, from a worker
+    written: float | None = None  # its event, where the answer is a stream
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     ignored: tuple[str, ...] = ()
@@ -64,6 +67,18 @@ class Trace:
     def take(self, piece: Piece) -> None:
         self.first = self.first or time.monotonic()
         self.num_output_tokens += len(piece.items)
+
+    @property
+    def inward(self) -> float | None:
+        """Seconds that the router took until workers had the request."""
+        return self.placed - self.started if self.placed is not None else None
+
+    @property
+    def outward(self) -> float | None:
+        """Seconds that the router took from the word of the first token to its event."""
+        if self.received is None or self.written is None:
+            return None
+        return self.written - self.received
 
 
 class Answer:
@@ -166,6 +181,9 @@ class Answer:
             if self._call.num_logprobs is not None:
                 choice.logprobs, offset = self._bodies.logprobs(piece.items, offset)
             await events.send(*self._bodies.chunks(choice, first=first))
+            if first and self._trace.written is None:
+                self._trace.received = generation.received
+                self._trace.written = time.monotonic()
             first = False
 
     def _around(self, index: int) -> tuple[bytes, bytes]:

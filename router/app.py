@@ -109,6 +109,7 @@ class _Handlers:
             generations = await front.generate(
                 call, trace.call_id, trace.started, request.headers.get("traceparent")
             )
+            trace.placed = time.monotonic()
             trace.num_prompt_tokens = sum(one.num_prompt_tokens for one in generations)
             make = ChatBodies if call.chat else CompletionBodies
             bodies = make(trace.call_id, call.fields.model, front.tokenizer, call.include_usage)
@@ -259,6 +260,7 @@ def _count(request: web.Request, trace: Trace, status: str) -> None:
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else "other"
     metrics.response(path, status)
+    metrics.own(trace.inward, trace.outward)
     asked = request.method == "POST" and path.startswith("/v1/")
     if asked and not trace.num_prompt_tokens and status != GONE and status.startswith(("4", "5")):
         metrics.refused(trace.refusal)

@@ -49,6 +49,11 @@ class Generation:
         return len(self._stream.ask.prompt)
 
     @property
+    def received(self) -> float | None:
+        """When its first token came, on the router's clock."""
+        return self._stream.received
+
+    @property
     def num_cached_tokens(self) -> int:
         """Known once it is over."""
         return self.timeline.num_cached_tokens if self.timeline is not None else 0

@@ -34,6 +34,7 @@ from .timeline import Outcome, Stage, Timeline
 _OF_OBJECTIVE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
 _DURATIONS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 _STAGES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_OWN_S = (0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 1)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _NONE = "none"
 
@@ -82,6 +83,18 @@ class Metrics:
         )
         self._stages = histogram(
             "pdserve_stage_seconds", "What a request's time went to", _STAGES_S, "stage"
+        )
+        self._own = histogram(
+            "pdserve_router_seconds",
+            "What the router itself took: in, from a request to its placement; out, from the "
+            "word of its first token to the event of it",
+            _OWN_S,
+            "part",
+        )
+        self._lag = histogram(
+            "pdserve_event_loop_lag_seconds",
+            "How much later than it should the router looked at the time",
+            _OWN_S,
         )
         self._batches = histogram(
             "pdserve_batch_size", "Answers that one step of a worker moved on", _BATCHES
@@ -132,6 +145,7 @@ class Metrics:
         )
         objectives.labels("ttft").set(ttft_s)
         objectives.labels("tpot").set(tpot_s)
+        self._of_part = {part: self._own.labels(part) for part in ("in", "out")}
         self._of_stage = {stage: self._stages.labels(stage) for stage in Stage}
         for objective in ("ttft", "tpot", "both"):  # a rate needs its zero
             for met in ("yes", "no"):
@@ -151,6 +165,16 @@ class Metrics:
 
     def gap(self, seconds: float) -> None:
         self._gaps.observe(seconds)
+
+    def lag(self, seconds: float) -> None:
+        self._lag.observe(max(0.0, seconds))
+
+    def own(self, inward_s: float | None, outward_s: float | None) -> None:
+        """Of one call, as far as it came."""
+        if inward_s is not None:
+            self._of_part["in"].observe(inward_s)
+        if outward_s is not None:
+            self._of_part["out"].observe(outward_s)
 
     def batch(self, num_tokens: int) -> None:
         """A message of a worker: first tokens, which prefills draw, are not counted."""

@@ -39,6 +39,7 @@ class Stream:
     def __init__(self, service: Service, ask: Ask) -> None:
         self.ask = ask
         self.timeline: Timeline | None = None  # known at the end
+        self.received: float | None = None  # when the message with the first token came
         self._service = service
         self._items: deque[TokenItem] = deque()
         self._ended = False
@@ -95,6 +96,7 @@ class Service:
         self._streams: dict[str, Stream] = {}
         self._num_in_house = 0
         self._draining = False
+        self._received = 0.0  # the last message of a worker
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -138,11 +140,12 @@ class Service:
         self._run(self.dispatch.end(request_id, state, self._clock()))
 
     def receive(self, link: Link, message: ToRouter) -> None:
+        self._received = self._clock()
         if isinstance(message, TokenBatch):
             self.metrics.batch(sum(item.index > 0 for item in message.items))
         elif isinstance(message, TransferDone):
             self.metrics.transfer(message)
-        self._run(self.dispatch.receive(link, message, self._clock()))
+        self._run(self.dispatch.receive(link, message, self._received))
 
     def scale(self, wanted: Mapping[Role, int] | None) -> list[Move]:
         """See ``Staffing.scale``; None leaves it to the planner again."""
@@ -171,7 +174,9 @@ class Service:
             if now >= next_beat:
                 next_beat = now + BEAT_S
                 self._run(self.dispatch.beats())
+            slept = self._clock()
             await asyncio.sleep(TICK_S)
+            self.metrics.lag(self._clock() - slept - TICK_S)
 
     async def drain(self, limit_s: float, hurry: asyncio.Event) -> None:
         """No new requests; those that are here may end within the limit, then workers leave."""
@@ -197,9 +202,12 @@ class Service:
                         todo.extend(self.dispatch.unreachable(link, self._clock()))
                 case Emit(request_id, item, gap):
                     self.num_tokens += 1
+                    stream = self._streams.get(request_id)
                     if gap is not None:
                         self.metrics.gap(gap)
-                    if (stream := self._streams.get(request_id)) is not None:
+                    elif stream is not None:
+                        stream.received = self._received
+                    if stream is not None:
                         stream.put(item)
                 case End(timeline):
                     for tell in self.on_ended:

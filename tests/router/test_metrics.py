@@ -79,8 +79,22 @@ def test_one_request_is_in_every_figure_that_it_should_be_in() -> None:
             for objective in ("ttft", "tpot", "both"):
                 assert found.get("pdserve_slo_total", objective=objective, met="yes") == 1
             assert found["pdserve_batch_size_count"] == 3
+            assert found.get("pdserve_router_seconds_count", part="in") == 1
+            assert found.get("pdserve_router_seconds_count", part="out") == 0  # no stream
             plain = {"path": "/v1/completions", "status": "200"}
             assert found.get("pdserve_http_responses_total", **plain) == 1
+
+    run(main())
+
+
+def test_what_the_router_takes_of_a_stream_is_in_its_metrics() -> None:
+    async def main() -> None:
+        async with split() as (up, _, _):
+            await up.events("/v1/completions", prompt="hello", max_tokens=2)
+            found = await scrape(up)
+            for part in ("in", "out"):
+                assert found.get("pdserve_router_seconds_count", part=part) == 1
+                assert 0 < found.get("pdserve_router_seconds_sum", part=part) < 60
 
     run(main())
 
