@@ -1,11 +1,10 @@
 """When to start a child again that has ended: exponential backoff, as a pure function.
 
-A life *pays* where it gave more than it cost: it was up, and stayed so for ``healthy_s``; or
-for as long as it took to come up, where it was ended from outside. All others are
-short, and several of them in a row are a crash loop, however long each start takes: what
-fails after minutes of loading costs more than what fails at once. So kills from outside,
-at whatever rate, keep no worker down that comes up again; and a worker that the kernel ends
-for its memory as soon as it is up does not load its weights again and again.
+A life *pays* where it was of use and was then told to end or killed by somebody else, or where
+it was of use for ``healthy_s``. All others are short, and several of them in a row are a crash
+loop, however long each start takes: what fails after minutes of loading costs more than what
+fails at once. So kills from outside, at whatever rate, keep no worker down that comes up again;
+but one that the kernel ends for its memory while it starts is in a loop.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ class Life:
     def pays(self, healthy_s: float) -> bool:
         if self.up is None:
             return False
-        needed = min(healthy_s, self.up - self.started) if self.from_outside else healthy_s
-        return self.ended - self.up >= needed
+        return self.from_outside or self.ended - self.up >= healthy_s
 
 
 @dataclass(frozen=True, slots=True)

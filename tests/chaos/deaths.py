@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -34,7 +35,7 @@ from traffic import Outcome, Tally, ask, cases, keep_asking, record
 
 MAX_CONTEXT = 1024
 BACK_S = 120.0  # for a killed worker to be of use again
-AT_LEAST_UP_S = 3.0  # a worker is not killed sooner: its start would be all it does
+AT_LEAST_UP_S = 2.0  # a worker is not killed sooner: its start would be all it does
 
 FLEET = """
 model: {{path: tiny, load: dummy, max_context: {max_context}}}
@@ -88,15 +89,20 @@ def router_pid(folder: Path) -> int:
     return int(json.loads(written.read_text())["pid"])
 
 
-async def kill(server: Server, wanted: int, deaths: Deaths, rng: random.Random) -> None:
-    """Kills until ``wanted`` have died, each time whoever has been up for long enough, and waits
-    for the last to be back."""
+async def kill(
+    server: Server, wanted: int, limit_s: float, deaths: Deaths, rng: random.Random
+) -> None:
+    """Kills until ``wanted`` have died or the time is over, each time whoever has been up for long
+    enough, and waits for the last to be back."""
+    end = time.monotonic() + limit_s
     seen: dict[str, tuple[int, float]] = {}  # by worker: its epoch, and since when it is known
     waiting: dict[str, tuple[int, float]] = {}  # killed: its epoch, and when
     while deaths.num < wanted or waiting:
         await asyncio.sleep(0.1)
         workers = await asyncio.to_thread(server.workers)
         now = time.monotonic()
+        if now > end:
+            wanted = deaths.num
         ready = []
         for name, worker in workers.items():
             if worker["state"] != "ready":
@@ -135,7 +141,13 @@ def measured(server: Server, folder: Path) -> dict[str, Any]:
 
 
 async def disturbed(
-    server: Server, folder: Path, wanted: int, seed: int, clients: int, calm_s: float
+    server: Server,
+    folder: Path,
+    wanted: int,
+    limit_s: float,
+    seed: int,
+    clients: int,
+    calm_s: float,
 ) -> dict[str, Any]:
     """Record, kill under traffic, rest, ask everything again: the figures, before it ends."""
     all_cases = cases(seed, MAX_CONTEXT, each=6 if wanted > 100 else 2)
@@ -151,7 +163,7 @@ async def disturbed(
     begun = time.monotonic()
     stop = asyncio.Event()
     asking = asyncio.create_task(keep_asking(server.url, all_cases, tally, stop, clients, seed))
-    killing = asyncio.create_task(kill(server, wanted, deaths, random.Random(seed)))
+    killing = asyncio.create_task(kill(server, wanted, limit_s, deaths, random.Random(seed)))
     try:
         await asyncio.wait({asking, killing}, return_when=asyncio.FIRST_COMPLETED)
         killing.result() if killing.done() else asking.result()
@@ -203,11 +215,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def run(
-    wanted: int, seed: int, prefill: int, decode: int, clients: int, calm_s: float = 10.0
+    wanted: int,
+    seed: int,
+    prefill: int,
+    decode: int,
+    clients: int,
+    *,
+    calm_s: float = 10.0,
+    limit_s: float = math.inf,
 ) -> dict[str, Any]:
     """The figures of a whole run. ``faults`` says all that was not as it must be."""
     with fleet(prefill, decode) as (server, folder):
-        report = asyncio.run(disturbed(server, folder, wanted, seed, clients, calm_s))
+        report = asyncio.run(disturbed(server, folder, wanted, limit_s, seed, clients, calm_s))
         faults: list[str] = report["faults"]
     code = server.process.returncode
     if code != 0:
@@ -236,6 +255,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--deaths", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="and no longer")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 16))
     parser.add_argument("--prefill", type=int, default=4)
     parser.add_argument("--decode", type=int, default=4)
@@ -243,7 +263,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     print(f"seed {options.seed}", file=sys.stderr)
-    report = run(options.deaths, options.seed, options.prefill, options.decode, options.clients)
+    report = run(
+        options.deaths,
+        options.seed,
+        options.prefill,
+        options.decode,
+        options.clients,
+        limit_s=60 * options.minutes,
+    )
     report["cores"] = os.cpu_count()
     text = json.dumps(report, indent=2)
     print(text)

@@ -168,14 +168,13 @@ def test_kills_from_outside_are_no_crash_loop(caplog: pytest.LogCaptureFixture) 
     """As a child of ``serve``, it says when it is up."""
 
     async def test() -> None:
-        time, lines = [0.0], list[str]()
+        lines = list[str]()
         patient = RestartPolicy(first_s=0.0, longest_s=600.0, loop_lives=4)
-        supervisor = Supervisor(lines.append, patient, clock=lambda: time[0])
+        supervisor = Supervisor(lines.append, patient)
         supervisor.keep(command("w", f"print('{UP}');" + STAY))
         supervisor.settle()
         for count in range(1, 9):
             await until(lambda count=count: len(lines) == count)  # type: ignore[misc]
-            time[0] += 1.0  # it came up at once by this clock, and was of use since
             pid = supervisor.pid("w")
             assert pid is not None
             os.kill(pid, 9)
