@@ -16,6 +16,7 @@ import zmq
 
 from ..core.codec import MAX_MESSAGE_BYTES
 from ..core.errors import MalformedMessage, StartupError
+from ..core.half_open import notice_silence
 from ..core.keys import Keys, secure_server
 from ..core.messages import TO_ROUTER, TO_WORKER, ToRouter, ToWorker
 from .effects import Link
@@ -49,6 +50,7 @@ class ControlSockets:
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a link that is gone is an error
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker may dial again
+        notice_silence(socket)
         if keys is not None:
             secure_server(socket, keys)
         try:

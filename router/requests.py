@@ -6,7 +6,8 @@
 An attempt is lost when a worker that it needs dies, when a worker gives it up, or when a
 worker's beats do not list it. The next one runs prompt + output so far, elsewhere or on
 a restarted worker, and draws the same tokens. All that dies within one attempt is one
-strike. After two strikes the request runs whole, alone on one worker; a third ends it.
+strike; tokens lost on the way are none, where the attempt has brought some. After two
+strikes the request runs whole, alone on one worker; a third ends it.
 
 Tokens carry their absolute index in the output: each is emitted once, whoever sends it and
 however often.
@@ -241,7 +242,8 @@ class Request:
         if item.index < len(self.output):
             return []
         if item.index > len(self.output):
-            return self.replay()
+            # lost with a connection, not with a worker; one that gets on does no harm
+            return self.replay(strike=not self.prefilled)
         self.output.append(item.token_id)
         self.marks.token(now)
         self.state = State.STREAMING

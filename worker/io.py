@@ -23,6 +23,7 @@ from ..core.clock import Clock
 from ..core.config import FaultsSection
 from ..core.disturbance import Disturbance
 from ..core.errors import MalformedMessage
+from ..core.half_open import notice_silence
 from ..core.keys import Keys, admit, secure_client
 from ..core.messages import (
     MAX_LIVE,
@@ -158,6 +159,7 @@ class IoThread(threading.Thread):
         router.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a router that is not there
         router.sndhwm = router.rcvhwm = _MAX_UNSENT
         router.linger = _GOODBYE_MS
+        notice_silence(router)
         if self._keys is not None:
             secure_client(router, self._keys)
         with router:

@@ -17,6 +17,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from ...core.codec import MAX_MESSAGE_BYTES
 from ...core.errors import ConfigError
+from ...core.half_open import notice_silence
 from ...core.keys import Keys, admit, secure_client, secure_server
 from ...core.messages import PeerAddress
 
@@ -36,9 +37,6 @@ class SocketLimits:
     max_reads: int = 64  # of one socket, before the others have their turn
     stall_s: float = 5.0
     idle_s: float = 60.0
-    heartbeat_s: float = 1.0
-    heartbeat_timeout_s: float = 5.0
-    handshake_s: float = 5.0
 
 
 class Endpoints:
@@ -76,7 +74,6 @@ class Endpoints:
         """A bound ROUTER; ConfigError where that can't be."""
         router = self._socket(zmq.ROUTER, endpoint)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        router.setsockopt(zmq.HANDSHAKE_IVL, int(self._limits.handshake_s * 1000))
         try:
             if _scheme(endpoint) == "tcp":
                 self._guard(router)
@@ -101,8 +98,6 @@ class Endpoints:
             return f"{peer.ref} and this worker do not have the same security.keys"
         dealer = self._socket(zmq.DEALER, peer.endpoint)
         dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a peer that is not there
-        dealer.setsockopt(zmq.RECONNECT_IVL, 100)
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         if self._keys is not None:
             secure_client(dealer, self._keys)
         elif scheme == "tcp":
@@ -136,12 +131,7 @@ class Endpoints:
         socket.sndhwm = socket.rcvhwm = self._limits.high_water
         socket.setsockopt(zmq.MAXMSGSIZE, self._frame_bytes)
         socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-        for option, seconds in (
-            (zmq.HEARTBEAT_IVL, self._limits.heartbeat_s),
-            (zmq.HEARTBEAT_TIMEOUT, self._limits.heartbeat_timeout_s),
-            (zmq.HEARTBEAT_TTL, self._limits.heartbeat_timeout_s),
-        ):
-            socket.setsockopt(option, int(seconds * 1000))
+        notice_silence(socket)
         return socket
 
 

@@ -120,7 +120,20 @@ def test_a_gap_loses_the_attempt() -> None:
     one = request()
     one.token(token(0), P, 0.0)
     assert aborts(one.token(token(2), D, 0.0)) == [(P, 1), (D, 1)]
-    assert (one.state, one.strikes, one.output) == (State.QUEUED, 1, [100])
+    assert (one.state, one.strikes, one.output) == (State.QUEUED, 0, [100])
+
+
+def test_a_network_that_loses_tokens_now_and_then_ends_no_request() -> None:
+    """It is not the request that kills: no strike, as long as each attempt brings a token."""
+    one = request(max_tokens=20, placement=None)
+    for number in range(1, 9):
+        one.place(SPLIT, address, 0.0)
+        one.token(token(number - 1, number), D, 0.0)
+        one.token(token(number + 3, number), D, 0.0)
+    assert (one.state, one.strikes, len(one.output)) == (State.QUEUED, 0, 8)
+    one.place(SPLIT, address, 0.0)
+    one.token(token(12, 9), D, 0.0)
+    assert one.strikes == 1  # nothing came of that one
 
 
 @pytest.mark.parametrize(
