@@ -131,7 +131,8 @@ class PoolExport:
 
 
 class PeerPool(Protocol):
-    """A peer's pool, mapped into this process. All calls come from one thread at a time."""
+    """A peer's pool, mapped into this process. Several threads may copy from shared memory; of
+    another pool all calls come from one thread at a time."""
 
     @property
     def generations(self) -> Generations: ...

@@ -154,10 +154,8 @@ class Receiver:
             text = f"blocks from {transfer.peer} came in damaged {transfer.num_failures} times"
             return self._fail(transfer, FailureKind.TRANSFER, text, now)
         transfer.missing.difference_update(range(first_block, first_block + count))
-        return [
-            Send(transfer.peer, Ack(transfer.key, first_block, count)),
-            *self._deliver(transfer, now),
-        ]
+        delivered = self._deliver(transfer, now)  # Complete says more than an Ack
+        return delivered or [Send(transfer.peer, Ack(transfer.key, first_block, count))]
 
     def peer_lost(self, peer: WorkerRef, text: str, now: float) -> list[ReceiverEffect]:
         """The peer is dead, or its connection was given up."""

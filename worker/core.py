@@ -125,6 +125,11 @@ class WorkerCore:
         return self._life.cache.counts()
 
     @property
+    def may_run(self) -> bool:
+        """Whether ``plan`` might find something to launch."""
+        return self._life.prefill.computes or self._life.decode.num_running > 0
+
+    @property
     def drained(self) -> bool:
         """Told to drain, everything finished, Bye said."""
         return self._drained

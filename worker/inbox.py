@@ -1,9 +1,8 @@
-"""What the I/O thread tells the step thread: a bounded queue of events.
+"""What the I/O thread has heard and nobody has applied yet: a bounded queue of events.
 
 When it is full the I/O thread stops reading its sockets, and the peers' own queues fill:
-nothing is dropped here, and nothing grows without bound. Events that answer a command of
-the step thread (a chunk is sent, a chunk is written) always fit: there are no more of
-them than commands.
+nothing is dropped here, and nothing grows without bound. Events that answer a command (a
+chunk is sent, a chunk is written) always fit: there are no more of them than commands.
 """
 
 from __future__ import annotations
@@ -39,13 +38,17 @@ Event: TypeAlias = RouterSaid | RouterLost | KvEvent | Stop
 
 
 class Inbox:
-    """Many put, one drains. ``on_room`` is called by the drainer when a full box has room."""
+    """The I/O thread puts; either thread drains, at the desk; the step thread waits.
+
+    ``on_room`` is called when a full box was drained.
+    """
 
     def __init__(self, limit: int, on_room: Callable[[], None]) -> None:
         self._events: deque[Event] = deque()
         self._limit = limit
         self._on_room = on_room
         self._changed = threading.Condition()
+        self._woken = False
         self._was_full = False
         self._interrupted = False
 
@@ -56,21 +59,32 @@ class Inbox:
             self._was_full = len(self._events) >= self._limit
             return self._was_full
 
-    def put(self, event: Event) -> None:
+    def put(self, *events: Event) -> None:
+        """Wakes nobody: who puts sits down at the desk next, or calls ``wake``."""
         with self._changed:
-            self._events.append(event)
+            self._events.extend(events)
+
+    def wake(self) -> None:
+        """Ends the wait that is on, or the next one."""
+        with self._changed:
+            self._woken = True
             self._changed.notify()
 
     def interrupt(self) -> None:
-        """Ends the drainer's life, from a signal handler: takes no lock, for the thread that is
-        interrupted may hold it. Seen by the next ``drain``, within its timeout."""
+        """Ends this life, from a signal handler: takes no lock, for the thread that is
+        interrupted may hold it. Seen by the next ``drain``, within the timeout of ``wait``."""
         self._interrupted = True
 
-    def drain(self, timeout: float) -> list[Event]:
-        """All events so far; waits up to ``timeout`` seconds for the first one."""
+    def wait(self, timeout: float) -> None:
+        """Until somebody calls ``wake``, ``timeout`` seconds at most."""
         with self._changed:
-            if not self._events and timeout > 0 and not self._interrupted:
+            if not self._woken and not self._interrupted:
                 self._changed.wait(timeout)
+            self._woken = False
+
+    def drain(self) -> list[Event]:
+        """All events so far."""
+        with self._changed:
             if self._interrupted:
                 self._events.append(Stop())
             events = list(self._events)

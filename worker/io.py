@@ -1,20 +1,20 @@
 """The I/O thread of a worker: it owns every socket, and moves every byte of KV.
 
-The step thread hands it effects (``post``) and finds events in the inbox; the two share
-nothing else, so that a long step delays no heartbeat, and a slow peer no step. A worker
-whose step takes many times what it should falls silent on purpose: the router then takes
-it for dead, which is what its requests need.
+What it hears it applies to the core itself, where the desk is free (see ``desk``), and does
+what comes of it; the step thread hands it effects (``post``), too. It waits for no step, and
+no step for a peer: a long step delays no heartbeat. A worker whose step takes many times what
+it should falls silent on purpose: the router then takes it for dead, which is what its requests
+need.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import random
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import zmq
@@ -39,25 +39,20 @@ from ..core.messages import (
 from ..core.supervised import up
 from ..kvtransfer.effects import Pull, Send, SendBlocks, Write
 from ..kvtransfer.media.disturbed import KvMedium
+from .core import WorkerCore
+from .desk import Desk
 from .effects import Effect, Tell
-from .inbox import Inbox, RouterLost, RouterSaid, Stop
+from .inbox import Event, Inbox, RouterLost, RouterSaid, Stop
 from .link import LinkState, RouterLink
 
 log = logging.getLogger(__name__)
 
-_MAX_EVENTS = 4096  # for the step thread, before sockets are left unread
+_MAX_EVENTS = 4096  # not yet applied, before sockets are left unread
+_MAX_READS = 64  # of the router's messages, before the others have their turn
 _MAX_POSTS = 1024  # of the step thread, not yet looked at
 _STUCK_AFTER_S = 30.0
 _MAX_UNSENT = 4096  # messages for a router that takes none
 _GOODBYE_MS = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The worker as of now; ``num_taken`` counts the router's messages it has dealt with."""
-
-    beat: WorkerBeat
-    num_taken: int
 
 
 class ControlDisturbance:
@@ -83,7 +78,7 @@ class IoThread(threading.Thread):
         self,
         link: RouterLink,
         kv: KvMedium,
-        status: Status,
+        core: WorkerCore,
         *,
         join: str,
         identity: bytes,
@@ -93,14 +88,15 @@ class IoThread(threading.Thread):
     ) -> None:
         super().__init__(name="io", daemon=True)
         self.inbox = Inbox(_MAX_EVENTS, self._wake)
+        self.desk = Desk(core, self.inbox, clock)
         self._link = link
         self._kv = kv
-        self._status = status
         self._join = join
         self._identity = identity
         self._keys = keys
         self._clock = clock
-        self._posts: queue.Queue[list[Effect]] = queue.Queue(_MAX_POSTS)
+        self._posts: deque[list[Effect]] = deque()
+        self._room = threading.Condition()  # for more posts
         self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()
         self._busy_since: float | None = None
@@ -112,11 +108,14 @@ class IoThread(threading.Thread):
 
     # for the step thread
 
-    def post(self, effects: list[Effect], status: Status) -> None:
-        self._status = status
-        if effects:
-            self._posts.put(effects, timeout=_STUCK_AFTER_S)
-            self._wake()
+    def post(self, effects: list[Effect]) -> None:
+        if not effects:
+            return
+        with self._room:
+            there = self._room.wait_for(lambda: len(self._posts) < _MAX_POSTS, _STUCK_AFTER_S)
+            assert there, "the I/O thread hangs"
+            self._posts.append(effects)
+        self._wake()
 
     def step_begins(self, hung_after_s: float) -> None:
         """The steps in flight should not take so long without a result."""
@@ -150,6 +149,7 @@ class IoThread(threading.Thread):
                     self._serve(context)
         except BaseException as error:  # noqa: BLE001 (handed to the step thread, which raises it)
             self.inbox.put(Stop(error))
+            self.inbox.wake()
         finally:
             self._kv.close()
 
@@ -183,78 +183,94 @@ class IoThread(threading.Thread):
         if self._waker in ready:
             os.eventfd_read(self._waker)
         now = self._clock()
+        events: list[Event] = []
         for message in self._disturbed.heard.due(now):
-            self._hear(message, now)
+            events += self._hear(message, now)
         if ready.get(router, 0) & zmq.POLLIN:
-            self._read_router(router, now)
+            events += self._read_router(router, now)
         for socket, flags in self._kv.sockets():
             if flags & zmq.POLLIN and ready.get(socket, 0) & zmq.POLLIN:
-                for event in self._kv.on_readable(socket, now):
-                    self.inbox.put(event)
-        self._take_posts()
-        for event in self._kv.flush(now):
-            self.inbox.put(event)
-        self._tick(now)
+                events += self._kv.on_readable(socket, now)
+        events += self._take_posts()
+        events += self._kv.flush(now)
+        self._deal_with(events)
+        now = self._clock()
+        if now >= self._link.next_deadline():
+            self._deal_with(self._tick(now))
         self._unsent.extend(self._disturbed.said.due(now))
         self._flush_router(router)
 
+    def _deal_with(self, events: list[Event]) -> None:
+        """Applies them, does what comes of it, and applies what comes of that."""
+        due = self._clock() >= self.desk.next_tick
+        while events or due:
+            due = False
+            self.inbox.put(*events)
+            self.desk.try_to_catch_up(self._posts.append)
+            events = self._take_posts()
+
     def _patience_ms(self) -> int:
-        due = min(self._link.next_deadline(), self._disturbed.next_due)
-        until_word = max(0.0, due - self._clock())
-        patience = int(until_word * 1000) + 1
+        due = min(self._link.next_deadline(), self.desk.next_tick, self._disturbed.next_due)
+        patience = int(max(0.0, due - self._clock()) * 1000) + 1
         return patience if self._kv.retry_ms is None else min(patience, self._kv.retry_ms)
 
-    def _read_router(self, router: zmq.Socket[bytes], now: float) -> None:
-        while not self.inbox.full:
+    def _read_router(self, router: zmq.Socket[bytes], now: float) -> list[Event]:
+        events: list[Event] = []
+        for _ in range(_MAX_READS):
             try:
                 data = router.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                break
             try:
                 message = TO_WORKER.decode(data)
             except MalformedMessage as error:
                 log.warning("dropped from the router: %s", error)
                 continue
             for one in self._disturbed.heard.take(message, now):
-                self._hear(one, now)
+                events += self._hear(one, now)
+        return events
 
-    def _hear(self, message: ToWorker, now: float) -> None:
+    def _hear(self, message: ToWorker, now: float) -> list[Event]:
+        events: list[Event] = []
         if self._link.heard(message, now):
-            self.inbox.put(RouterLost())
+            events.append(RouterLost())
         if isinstance(message, Welcome):
             up()
         if isinstance(message, Place):
             self._given.append((self._num_given, message.key))
         self._num_given += 1
-        self.inbox.put(RouterSaid(message))
+        events.append(RouterSaid(message))
         if self._link.state is LinkState.REFUSED:
-            self.inbox.put(Stop())
+            events.append(Stop())
+        return events
 
-    def _take_posts(self) -> None:
+    def _take_posts(self) -> list[Event]:
+        """Does what was asked for; what is known of it already."""
         now = self._clock()
-        while True:
-            try:
-                effects = self._posts.get_nowait()
-            except queue.Empty:
-                return
+        events: list[Event] = []
+        while self._posts:
+            with self._room:
+                effects = self._posts.popleft()
+                self._room.notify()
             for effect in effects:
                 match effect:
                     case Tell(message=message):
                         self._say(message)
                     case Send() | SendBlocks():
-                        for event in self._kv.send(effect, now):
-                            self.inbox.put(event)
+                        events += self._kv.send(effect, now)
                     case Write() | Pull():
-                        for written in self._kv.write(effect):
-                            self.inbox.put(written)
+                        events += self._kv.write(effect)
+        return events
 
-    def _tick(self, now: float) -> None:
+    def _tick(self, now: float) -> list[Event]:
+        """The router's due: a beat or a hello, and what its silence means."""
+        events: list[Event] = []
         hung = self._busy_since is not None and now - self._busy_since > self._hung_after_s
         due = self._link.tick(None if hung else self._beat(), now)
         if due.router_lost:
             log.warning("the router has been silent too long; its requests are dropped")
             self._unsent.clear()
-            self.inbox.put(RouterLost())
+            events.append(RouterLost())
         silence = self._link.complaint(now)
         if silence is not None:
             log.warning(
@@ -264,10 +280,11 @@ class IoThread(threading.Thread):
             )
         if due.message is not None:
             self._say(due.message)
+        return events
 
     def _beat(self) -> WorkerBeat:
         """The last status, with what has come in since and is not looked at yet."""
-        status = self._status
+        status = self.desk.status()
         while self._given and self._given[0][0] < status.num_taken:
             self._given.popleft()
         known = set(status.beat.live)

@@ -42,7 +42,7 @@ from .address import kv_endpoint
 from .budget import Budget
 from .core import WorkerCore
 from .inbox import Inbox, Stop
-from .io import ControlDisturbance, IoThread, Status
+from .io import ControlDisturbance, IoThread
 from .link import LinkTiming, RouterLink
 from .loop import StepLoop
 from .warmup import CPU_LIMIT_S, LIMIT_S, measure
@@ -197,14 +197,14 @@ class _Life:
         self._io = IoThread(
             self._link,
             kv,
-            Status(self._core.beat(), 0),
+            self._core,
             join=post.join,
             identity=str(handshake.ref).encode(),
             keys=wiring.join_keys,
             clock=monotonic,
             disturbed=ControlDisturbance(faults, post.worker_id),
         )
-        self._loop = StepLoop(self._core, engine, self._io, monotonic)
+        self._loop = StepLoop(engine, self._io, monotonic)
 
     def run(self, stopper: _Stopper) -> Refused | None:
         """To the end of this life; what the router said if it would not have it."""

@@ -22,7 +22,7 @@ from pdserve.kvtransfer.media.results import Results
 from pdserve.simulation.engine import SimulatedKvPool
 
 A, P = attempt(1), WorkerRef("p", 1)
-EXPORT = PoolExport(Medium.SHM, "name", bytes(16), 32)
+EXPORT = PoolExport(Medium.CUDA_IPC, "name", bytes(16), 32)
 
 
 class Mapped:
@@ -109,6 +109,19 @@ def test_a_copy_that_is_overtaken_does_not_count(
     puller.pull(pull_of(pool, 0, 5, 6))
     pool.mapped.go.release()
     assert taken(results, 1) == [Written(A, 0, ok=True)]
+
+
+def test_a_few_blocks_of_shared_memory_are_copied_at_once(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
+    puller.attach(P, replace(EXPORT, medium=Medium.SHM))
+    pool.mapped.go.release()
+    assert puller.pull(pull_of(pool, 0, 5, 6)) == [Written(A, 0, ok=True)]
+    overtaken = pull_of(pool, 2, 5, 6)
+    pool.mapped.generations.bump([6])
+    pool.mapped.go.release()
+    assert puller.pull(overtaken) == [Written(A, 2, ok=False)]
+    assert results.take() == []
 
 
 def test_what_waits_together_is_one_copy(
