@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 
 from ..core.config import Admission, Policy, PoolsSection
@@ -27,7 +27,9 @@ from ..core.messages import (
     Drain,
     FailureKind,
     Hello,
+    Key,
     PeerAddress,
+    Place,
     Refused,
     ResyncCache,
     RouterBeat,
@@ -35,6 +37,7 @@ from ..core.messages import (
     TokenBatch,
     TokenItem,
     ToRouter,
+    ToWorker,
     TransferDone,
     Welcome,
     WorkerBeat,
@@ -175,14 +178,19 @@ class Dispatch:
                 self.members.bye(member.ref)
                 return self._gone(member.ref, now, strike=False)
 
-    def unreachable(self, link: Link, now: float) -> list[Effect]:
-        """What was to be said to this link could not be sent."""
+    def unreachable(self, link: Link, now: float, unsent: Sequence[ToWorker] = ()) -> list[Effect]:
+        """``unsent`` was to be said to this link and could not be.
+
+        A request that never got there is not what killed the worker: it gets no strike. Where
+        all workers die at once it may be placed on each of them before the router knows.
+        """
         member = self.members.speaker(link)
         if member is None:
             return []
         log.warning("%s can't be reached any more", member.ref)
         self.members.lost(member.ref)
-        return self._gone(member.ref, now)
+        never_there = {message.key for message in unsent if isinstance(message, Place)}
+        return self._gone(member.ref, now, spared=never_there)
 
     def tick(self, now: float) -> list[Effect]:
         """Time has passed."""
@@ -259,8 +267,11 @@ class Dispatch:
                 effects += self._change(request, request.replay, now)
         return effects + self._place_queued(now) if effects else []
 
-    def _gone(self, ref: WorkerRef, now: float, *, strike: bool = True) -> list[Effect]:
-        """That life of a worker is over: what needs it is replayed."""
+    def _gone(
+        self, ref: WorkerRef, now: float, *, strike: bool = True, spared: Container[Key] = ()
+    ) -> list[Effect]:
+        """That life of a worker is over: what needs it is replayed, with a strike but for those
+        who are spared it."""
         self.prefixes.gone(ref)
         self._fleet.members_changed()
         effects: list[Effect] = []
@@ -270,7 +281,8 @@ class Dispatch:
         kind = EventKind.DIED if strike else EventKind.LEFT
         self.history.note(now, kind, ref, len(lost))
         for request in lost:
-            effects += self._change(request, partial(request.replay, strike=strike), now)
+            counts = strike and request.key not in spared
+            effects += self._change(request, partial(request.replay, strike=counts), now)
         return effects + self._place_queued(now)
 
     def _lacks(self, pools: PoolsSection) -> str | None:

@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core.clock import Clock
 from ..core.config import Admission, RouterSection, SloSection
 from ..core.errors import RequestError, Unavailable
 from ..core.ids import Role
-from ..core.messages import TokenBatch, TokenItem, ToRouter, TransferDone
+from ..core.messages import TokenBatch, TokenItem, ToRouter, ToWorker, TransferDone
 from .control import ControlSockets
 from .dispatch import Dispatch
 from .effects import Effect, Emit, End, Link, Say
@@ -199,7 +199,8 @@ class Service:
             match effect:
                 case Say(link, message):
                     if not self._control.send(link, message):
-                        todo.extend(self.dispatch.unreachable(link, self._clock()))
+                        unsent = [message, *_messages(todo, link)]
+                        todo.extend(self.dispatch.unreachable(link, self._clock(), unsent))
                 case Emit(request_id, item, gap):
                     self.num_tokens += 1
                     stream = self._streams.get(request_id)
@@ -214,3 +215,8 @@ class Service:
                         tell(timeline)
                     if (stream := self._streams.pop(timeline.request_id, None)) is not None:
                         stream.end(effect)
+
+
+def _messages(effects: Iterable[Effect], link: Link) -> list[ToWorker]:
+    """What is still to be said to one worker."""
+    return [one.message for one in effects if isinstance(one, Say) and one.link == link]

@@ -337,6 +337,22 @@ def test_both_die_within_one_attempt_and_it_is_one_strike() -> None:
     assert [place[1] for place in places(world.join("p", "d"))] == [Task.DECODE, Task.PREFILL]
 
 
+def test_a_worker_that_never_got_a_request_was_not_killed_by_it() -> None:
+    """All die at once, and the router finds out one by one, by what it places on them."""
+    world = World(Policy.DISAGGREGATED)
+    world.join("p", "d", "d1", "d2", "d3")
+    effects = world.submit(ask())
+    for _ in range(4):
+        name = places(effects)[0][0]
+        link = world.link(name)
+        unsent = [one.message for one in effects if isinstance(one, Say) and one.link == link]
+        effects = world.dispatch.unreachable(link, 1.0, unsent)
+        assert ended(effects) == []
+    request = world.dispatch._requests.get(request_id(0))
+    assert request is not None and request.strikes == 0
+    assert [place[1] for place in places(world.join("d"))] == [Task.DECODE, Task.PREFILL]
+
+
 def test_replays_go_before_those_that_wait() -> None:
     world = World(Policy.DISAGGREGATED)
     world.join("p", "d")
