@@ -30,12 +30,12 @@ import report
 from footprint import Footprint
 from judge import Blow, Seen
 from plan import DEADLY, Kind, Strike, strikes
-from smollm2 import record, smollm2_cases
+from smollm2 import LIMIT_S, record, smollm2_cases
 from strike import impossible, inflict
 from traffic import Case, Outcome, Told, ask
 from world import World, world
 
-_REST_AFTER_ERROR_S = 0.2
+_REST_AFTER_ERROR_S = 1.0
 _GROWN_BY = 12  # threads or descriptors: a pool of threads may fill, a connection may linger
 
 
@@ -100,9 +100,9 @@ async def _broken(made: World, options: Options, skipped: dict[Kind, str], notes
             done = await asyncio.gather(*clients, return_exceptions=True)
         notes.faults += [f"a client broke: {one!r}" for one in done if one is not None]
         say("over; asking everything once more")
-        began = time.monotonic()
         for case in cases:
-            notes.add(case, await ask(session, url, case), max(began, time.monotonic()))
+            began = time.monotonic()
+            notes.add(case, await ask(session, url, case, LIMIT_S), began)
     await made.rest()
     notes.faults += grown(before, made.footprints())
 
@@ -142,7 +142,7 @@ async def _client(
     while not stop.is_set():
         case = rng.choice(cases)
         began = time.monotonic()
-        told = await ask(session, url, case)
+        told = await ask(session, url, case, LIMIT_S)
         notes.add(case, told, began)
         if told.outcome in (Outcome.ERROR, Outcome.CUT):
             await asyncio.sleep(_REST_AFTER_ERROR_S)
@@ -174,7 +174,7 @@ def main() -> int:
     if chosen.out is not None:
         chosen.out.write_text(text + "\n")
     print(report.table(found, f"make chaos SEED={chosen.seed}"))
-    say(f"calls: {found['calls']}")
+    say(f"calls: {json.dumps(found['calls'])}")
     for fault in found["faults"]:
         say(f"FAULT {fault}")
     for kind, why in found["skipped"].items():

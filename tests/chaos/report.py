@@ -28,14 +28,14 @@ def of(
         kinds[str(kind)] = {
             "times": len(mine),
             "recovery_s": _spread([blow.recovery_s for blow in mine]),
-            "calls": dict(Counter(one.outcome for one in met)),
+            "calls": dict(Counter(str(one.outcome) for one in met)),
             "errors": dict(Counter(one.why for one in met if one.outcome is Outcome.ERROR)),
             "longest_pause_s": round(max((one.gap_s for one in met), default=0.0), 1),
         }
     return {
         "seed": seed,
         "minutes": round((blows[-1].whole - blows[0].began) / 60, 1) if blows else 0.0,
-        "calls": dict(Counter(one.outcome for one in seen)),
+        "calls": dict(Counter(str(one.outcome) for one in seen)),
         "by_case": dict(Counter(one.kind for one in seen)),
         "worker_deaths": sum(
             len(blow.strike.victims) for blow in blows if blow.strike.kind in DEADLY

@@ -12,6 +12,7 @@ from texts import prose
 from traffic import Case, Outcome, ask
 
 MODEL = "smollm2"
+LIMIT_S = 660.0  # a little more than the deployment's own bound on a request
 _AT_ONCE = 4
 
 
@@ -58,7 +59,7 @@ async def record(session: aiohttp.ClientSession, url: str, cases: Sequence[Case]
 
     async def one(case: Case) -> None:
         async with free:
-            told = await ask(session, url, Case("record", case.body | {"stream": False}))
+            told = await ask(session, url, Case("record", case.body | {"stream": False}), LIMIT_S)
             assert told.outcome is Outcome.RIGHT, (case, told)
             case.expected = told.text
 

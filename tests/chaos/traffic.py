@@ -159,13 +159,15 @@ async def record(session: aiohttp.ClientSession, url: str, all_cases: Sequence[C
         case.expected = texts.pop()
 
 
-async def ask(session: aiohttp.ClientSession, url: str, case: Case) -> Told:
+async def ask(
+    session: aiohttp.ClientSession, url: str, case: Case, limit_s: float = HANG_S
+) -> Told:
     begun = time.monotonic()
     try:
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(limit_s):
             told = await _told(session, url, case)
     except TimeoutError:
-        return Told(Outcome.HUNG, why=f"no end within {HANG_S:.0f} s", total_s=HANG_S)
+        return Told(Outcome.HUNG, why=f"no end within {limit_s:.0f} s", total_s=limit_s)
     told.total_s = time.monotonic() - begun
     return told
 

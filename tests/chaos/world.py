@@ -26,8 +26,8 @@ from footprint import Footprint, children, processes_of, shared_files
 from plan import ROUTER, WORKERS
 from served import STOP_LIMIT_S, Server, command, environment, ready_url, start
 
-WHOLE_S = 240.0  # for all to be well again; a worker loads its weights anew on a busy machine
-REST_S = 120.0
+WHOLE_S = 400.0  # for all to be well again; a worker loads its weights anew on a busy machine
+REST_S = 300.0
 _POLL_S = 0.2
 _FIRST_ROLES = {"prefill": 2, "decode": 2}
 
