@@ -41,6 +41,7 @@ from ..kvtransfer.settings import TransferSettings
 from .address import kv_endpoint
 from .budget import Budget
 from .core import WorkerCore
+from .heap import keep_freed_memory
 from .inbox import Inbox, Stop
 from .io import ControlDisturbance, IoThread
 from .link import LinkTiming, RouterLink
@@ -94,6 +95,7 @@ def run(deployment: Deployment, card: ModelCard, post: Post, build: Build | None
         require_safe_bind(post.join, deployment.security),
     )
     stopper = _Stopper()
+    keep_freed_memory()
     sweep(_UNMAP_PATIENCE_S)
     engine, budgets, limit_s = (build or _engine)(deployment, card, post)
     try:
