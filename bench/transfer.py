@@ -116,6 +116,8 @@ class Bench:
         return self._devices[0] != "cpu"
 
     def report(self) -> dict[str, Any]:
+        trip_ms = floors.round_trip_s() * 1000
+        print(f"floor     a bare ZeroMQ round trip: {trip_ms:.3f} ms", flush=True)
         floor = self._floors()
         pulls = self._pulls(floor)
         rows = [row for case in self._cases() for row in self._measure(case, floor)]
@@ -128,6 +130,7 @@ class Bench:
                 "load": os.getloadavg()[0],
                 "python": platform.python_version(),
             },
+            "round_trip_ms": trip_ms,
             "floors": list(floor.values()),
             "pulls": pulls,
             "rows": rows,

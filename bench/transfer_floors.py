@@ -26,6 +26,8 @@ from ..core.plan import KvLayout, KvPool, PeerPool, PoolExport
 from .transfer_worker import fill, pool_of
 
 _REPEATS = 7
+_TRIPS = 50
+_WORD = bytes(150)  # as long as most messages between workers
 _PATIENCE_S = 300
 _PROGRAM = (sys.executable, "-P", "-m", "pdserve.bench.transfer_floors")
 _EXPORT = Codec(PoolExport)
@@ -75,6 +77,28 @@ def zmq_s(num_bytes: int, frame_bytes: int) -> float:
             socket.recv()
 
         seconds = _median(run)
+    context.destroy(linger=0)
+    return seconds
+
+
+def round_trip_s() -> float:
+    """A bare pair of sockets in two processes: a word there and one back. Two such trips (begun,
+    granted; offered, complete) are the least that a transfer between two workers can take."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.linger = 0
+    socket.rcvtimeo = _PATIENCE_S * 1000
+    socket.bind("tcp://127.0.0.1:*")
+    rounds = _TRIPS * (_REPEATS + 1)
+    with _child("take", socket.get_string(zmq.LAST_ENDPOINT), 1, rounds):
+        socket.recv()
+
+        def run() -> None:
+            for _ in range(_TRIPS):
+                socket.send(_WORD)
+                socket.recv()
+
+        seconds = _median(run) / _TRIPS
     context.destroy(linger=0)
     return seconds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,11 +21,13 @@ from ..core.messages import (
     TO_WORKER,
     Abort,
     AttemptFailed,
+    BlockCounts,
     Hello,
     Key,
     PeerLink,
     Place,
     RouterBeat,
+    Started,
     TokenBatch,
     ToRouter,
     ToWorker,
@@ -50,7 +53,10 @@ class Request:
     first: dict[str, int] = field(default_factory=dict)  # token 0, as each worker has said it
     times: list[float] = field(default_factory=list)
     done: TransferDone | None = None
+    started: bool = False  # P has said so
     finished: bool = False
+    may_fail: bool = False
+    failed: str = ""  # what a worker has said of that
 
 
 class Pair:
@@ -67,6 +73,7 @@ class Pair:
         self._requests: dict[Key, Request] = {}
         self._live: dict[str, set[Key]] = {spec.worker_id: set() for spec in specs}
         self.links: tuple[PeerLink, ...] = ()
+        self.blocks: dict[str, BlockCounts] = {}  # as of each worker's last beat
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._files = {spec.worker_id: folder / f"{spec.worker_id}.json" for spec in specs}
         for spec in specs:
@@ -98,7 +105,14 @@ class Pair:
         process.kill()
         process.wait()
         del self._hellos[name]
+        self.blocks.pop(name, None)
         self._live[name].clear()
+
+    def pause(self, name: str) -> None:
+        self._processes[name].send_signal(signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        self._processes[name].send_signal(signal.SIGCONT)
 
     def start(self, name: str) -> None:
         """A worker that was killed, anew."""
@@ -123,11 +137,17 @@ class Pair:
         return request
 
     def begin(
-        self, num_tokens: int, *, verify: bool = False, max_tokens: int = 2, whole: bool = False
+        self,
+        num_tokens: int,
+        *,
+        verify: bool = False,
+        max_tokens: int = 2,
+        whole: bool = False,
+        may_fail: bool = False,
     ) -> Request:
         """``whole`` on D, with no transfer."""
         key = Key(new_request_id(), 0)
-        request = self._requests[key] = Request(key)
+        request = self._requests[key] = Request(key, may_fail=may_fail)
         prompt = (3,) * num_tokens
         seed = VERIFY if verify else 0
         params = SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True)
@@ -185,7 +205,10 @@ class Pair:
                 self._identities[name] = identity
                 self._hellos[name] = message
                 self._say(name, Welcome(1))
-            case WorkerBeat(links=links):
+            case Started(key=key):
+                self._requests[key].started = True
+            case WorkerBeat(links=links, blocks=blocks):
+                self.blocks[name] = blocks
                 if name == PREFILL:
                     self.links = links
                 self._say(name, RouterBeat(tuple(self._live[name])))
@@ -202,7 +225,10 @@ class Pair:
                 self._requests[key].done = message
                 self._live[name].discard(key)
             case AttemptFailed(key=key, text=text):
-                if key in self._live[name]:
+                if self._requests[key].may_fail:
+                    self._requests[key].failed = f"{name}: {text}"
+                    self._live[name].discard(key)
+                elif key in self._live[name]:
                     raise RuntimeError(f"{name}: {text}")
             case _:
                 pass
