@@ -5,6 +5,8 @@ decide    hashing the prompt, looking it up in the map of prefixes, and the deci
 streams   a router process, workers that write at a steady pace, and clients: tokens for each
           CPU second of the router, beside a bare aiohttp server that writes the same events
           to the same clients in the same run
+beside    with --beside vllm-router: that router in front of servers that write the same events,
+          under the same load, where it is installed
 ttft      what the router adds to the first token at half of that load: its workers answer at once
 held      memory of a stream that is open, with many of them
 """
@@ -38,6 +40,7 @@ from ..router.effects import Link
 from ..router.membership import Membership
 from ..router.requests import Ask, State
 from ..router.snapshot import Objectives
+from .beside import PROGRAMS, beside, lacking, version
 from .router_load import hello
 from .router_share import Histograms, own_share
 
@@ -59,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rate", type=float, default=4.0, help="tokens a second and stream")
     parser.add_argument("--window", type=float, default=10.0, help="seconds that are measured")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of router and bare server")
+    parser.add_argument("--beside", choices=PROGRAMS, help="another router, the same load")
     parser.add_argument("--out", type=Path, help="write the report there as well, JSON")
     arguments = parser.parse_args(argv)
     report: dict[str, Any] = {
@@ -140,15 +144,16 @@ def streams(arguments: argparse.Namespace) -> dict[str, Any]:
     with _router(interval_s) as (port, pid):
         for _ in range(arguments.rounds):
             ours = _clients(port, pid, load)
-            with _bare(ours["sample"], interval_s) as (bare_port, bare_pid):
+            with _bare(ours["sample"], interval_s) as ((bare_port,), bare_pid):
                 bare = _clients(bare_port, bare_pid, load)
             pairs.append((_per_cpu(ours), _per_cpu(bare), ours, bare))
         half = load | {"num_streams": arguments.streams // 2, "window_s": 2.0, "rate": 50.0}
         before = Histograms.scrape(port)
         ours = _clients(port, pid, half)
         share = own_share(port, before)
-        with _bare(ours["sample"], interval_s) as (bare_port, bare_pid):
+        with _bare(ours["sample"], interval_s) as ((bare_port,), bare_pid):
             bare = _clients(bare_port, bare_pid, half)
+    other = _beside(arguments.beside, ours["sample"], interval_s, load, half)
     ratios = [router / bare_ for router, bare_, _, _ in pairs]
     return {
         "streams": arguments.streams,
@@ -167,6 +172,32 @@ def streams(arguments: argparse.Namespace) -> dict[str, Any]:
             "added_p99_ms": ours["ttft_ms"]["p99"] - bare["ttft_ms"]["p99"],
             "router_share_ms": share,
         },
+        "beside": other,
+    }
+
+
+def _beside(
+    program: str | None, sample: str, interval_s: float, load: dict[str, Any], half: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The same load through another router; what it writes is compared by events, not by bytes."""
+    if program is None:
+        return None
+    if (reason := lacking(program)) is not None:
+        print(f"skipped: {reason}", file=sys.stderr)
+        return {"program": program, "skipped": reason}
+    with (
+        _bare(sample, interval_s, _STREAM_WORKERS) as (ports, _),
+        beside(program, ports) as (port, pid),
+    ):
+        whole = _clients(port, pid, load)
+        first = _clients(port, pid, half)
+    return {
+        "program": program,
+        "version": version(program),
+        "tokens_per_cpu_s": whole["events"] / whole["cpu_s"],
+        "faults": whole["faults"] + first["faults"],
+        "bytes_a_stream": whole["bytes_a_stream"],
+        "half_load_ttft_ms": first["ttft_ms"],
     }
 
 
@@ -242,11 +273,12 @@ def _router(interval_s: float) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _bare(sample: str, interval_s: float) -> Iterator[tuple[int, int]]:
-    process = _part("bare", {"event": sample, "interval_s": interval_s})
+def _bare(sample: str, interval_s: float, count: int = 1) -> Iterator[tuple[list[int], int]]:
+    """Its ports and process id."""
+    process = _part("bare", {"event": sample, "interval_s": interval_s, "count": count})
     try:
         assert process.stdout is not None
-        yield int(process.stdout.readline()), process.pid
+        yield [int(port) for port in process.stdout.readline().split()], process.pid
     finally:
         process.kill()
         process.wait()

@@ -3,7 +3,8 @@ clients. Each runs by itself (``python -m pdserve.bench.router_load PART ...``) 
 its standard streams, so that the CPU time of each is its own.
 
 workers   speak the control protocol and write tokens at a steady pace; no engine, no KV
-bare      an aiohttp server that writes the same events at the same pace, and does nothing else
+bare      an aiohttp server that writes the same events at the same pace, and does nothing else;
+          on several ports it is the workers of a router that speaks HTTP to them
 clients   open streams, count events, note how long the first ones took
 """
 
@@ -139,8 +140,8 @@ async def workers(endpoint: str, fingerprint: str, count: int, interval_s: float
             group.create_task(worker.write(interval_s * index / count))
 
 
-async def bare(event: bytes, interval_s: float) -> None:
-    """Prints its port."""
+async def bare(event: bytes, interval_s: float, count: int = 1) -> None:
+    """On so many ports, which it prints in a line."""
 
     async def stream(request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
@@ -155,12 +156,16 @@ async def bare(event: bytes, interval_s: float) -> None:
         await response.write_eof()
         return response
 
+    async def healthy(request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "bench", "object": "model"}]})
+
     app = web.Application()
-    app.add_routes([web.post("/v1/completions", stream)])
+    app.add_routes([web.post("/v1/completions", stream), web.get("/{path:.*}", healthy)])
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
-    print(runner.addresses[0][1], flush=True)
+    for _ in range(count):
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
+    print(*(port for _, port in runner.addresses), flush=True)
     await asyncio.Event().wait()
 
 
@@ -283,7 +288,7 @@ def main(argv: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     part, arguments = argv[0], json.loads(argv[1])
     if part == "bare":
-        uvloop.run(bare(arguments["event"].encode(), arguments["interval_s"]))
+        uvloop.run(bare(**arguments | {"event": arguments["event"].encode()}))
     else:
         assert part in ("workers", "clients")
         uvloop.run(workers(**arguments) if part == "workers" else clients(**arguments))

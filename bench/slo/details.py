@@ -1,7 +1,8 @@
 """The part of a report that looks closely: at one run of each server and workload.
 
 It is the fastest valid run that was not given up: its percentiles with their intervals, how
-attainment depends on the scale of the objectives, and where the server spent the time.
+attainment depends on the scale of the objectives, where the server spent the time, and how far
+its router's forecasts were from what came.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from . import forecasts
 from .measures import PERCENTILES
 
 
@@ -28,6 +30,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         found += _percentiles(run["summary"]["times_ms"])
         found += _scales(run["slo_scale"], report["objectives"], run["told"])
         found += _stages(run["stages_ms"])
+        found += forecasts.lines(run["forecast_errors"])
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import details
 from .folder import Folder
+from .forecasts import forecast_errors
 from .greedy import differences
 from .measures import DEFINITIONS, SLO_SCALES, Objectives, attainment
 from .runs import Run
@@ -149,6 +150,7 @@ def _run(run: Run, objectives: Sequence[Objectives]) -> dict[str, Any]:
         "summary": run.summary(objectives).as_json(),
         "slo_scale": scale if run.gave_up is None else [],
         "stages_ms": stage_medians(run),
+        "forecast_errors": forecast_errors(run.counted()),
     }
 
 
