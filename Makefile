@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: serve test test-all check format docs bench deaths soak chaos clean
+.PHONY: serve test test-all check format docs bench deaths soak chaos mutations clean
 
 serve: $(READY)
 	@exec $(BIN)/pdserve serve $(CONFIG)
@@ -60,6 +60,10 @@ chaos: $(READY)
 	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos/chaos.py --out $(OUT) \
 	  --minutes $(MINUTES) --deaths $(DEATHS) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(FAULTS),--faults $(FAULTS))
+
+# Takes guards out of a copy of the tree, one at a time; some test must miss each. ONLY=word
+mutations: $(READY)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/mutation/run.py $(ONLY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from .config import SecuritySection
 from .errors import ConfigError
 from .files import reason
+from .gate import gate
 
 _FILE = "deployment.secret"
 _DOMAIN = "pdserve"
@@ -110,21 +110,8 @@ def secure_client(socket: zmq.Socket[Any], keys: Keys) -> None:
 @contextlib.contextmanager
 def admit(context: zmq.Context[Any], keys: Keys) -> Iterator[None]:
     """Answers, on a thread of its own, who may join the secured sockets of ``context``."""
-    gate = ThreadAuthenticator(context)
-    gate.configure_curve_callback(_DOMAIN, _Members(keys))
-    gate.start()
-    try:
+    with gate(context, _DOMAIN, b"CURVE", [z85.decode(keys.public)]):
         yield
-    finally:
-        gate.stop()
-
-
-class _Members:
-    def __init__(self, keys: Keys) -> None:
-        self._public = keys.public
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key == self._public
 
 
 def _is_local(endpoint: str) -> bool:

@@ -8,15 +8,14 @@ far as this process's queues, which no later check could take back.
 from __future__ import annotations
 
 import contextlib
-import logging
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from ...core.codec import MAX_MESSAGE_BYTES
 from ...core.errors import ConfigError
+from ...core.gate import gate
 from ...core.half_open import notice_silence
 from ...core.keys import Keys, admit, secure_client, secure_server
 from ...core.messages import PeerAddress
@@ -115,12 +114,8 @@ class Endpoints:
             self._resources.enter_context(admit(self._context, self._keys))
             secure_server(router, self._keys)
             return
-        silent = logging.getLogger(f"{__name__}.gate")  # its debug lines spell out the token
-        silent.disabled = True
-        gate = ThreadAuthenticator(self._context, log=silent)
-        gate.configure_plain(_DOMAIN, {_USER: self._token})
-        gate.start()
-        self._resources.callback(gate.stop)
+        member = [_USER.encode(), self._token.encode()]
+        self._resources.enter_context(gate(self._context, _DOMAIN, b"PLAIN", member))
         router.plain_server = True
         router.zap_domain = _DOMAIN.encode()
         router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdserve.cache.pool import BlockPool
+from pdserve.core.generations import Generations
 from pdserve.core.messages import BlockCounts
 
 
@@ -31,6 +32,20 @@ def test_a_block_is_free_when_its_last_reference_goes() -> None:
     pool.release(blocks)
     assert pool.counts() == BlockCounts(total=2, free=2, cached=0, held=0)
     pool.check([])
+
+
+def test_a_block_that_goes_to_a_new_owner_has_a_new_generation() -> None:
+    generations = Generations.private(2)
+    pool = BlockPool(2, generations)
+    [block] = pool.allocate(1) or []
+    assert generations.of([block, 1 - block]) == (1, 0)
+    assert pool.label(block, b"a")
+    pool.release([block])
+    pool.retain([block])  # taken up again with what it holds: whoever reads it may go on
+    assert generations.of([block]) == (1,)
+    pool.release([block])
+    assert pool.allocate(2) is not None
+    assert generations.of([block, 1 - block]) == (2, 1)
 
 
 def test_a_named_block_stays_findable_until_its_room_is_needed() -> None:

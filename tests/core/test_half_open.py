@@ -54,11 +54,17 @@ class Proxy:
     def _on(self, readable: socket.socket) -> None:
         if readable is self._listener:
             near = self._listener.accept()[0]
-            far = socket.create_connection(self._target)
+            try:
+                far = socket.create_connection(self._target)
+            except OSError:  # the end of the test: nobody listens any more
+                near.close()
+                return
             self._peers |= {near: far, far: near}
             for one in (near, far):
                 self._selector.register(one, selectors.EVENT_READ)
             return
+        if readable not in self._peers:
+            return  # closed with its other end, in this very round
         try:
             data = readable.recv(1 << 16)
         except ConnectionError:

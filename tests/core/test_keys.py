@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+from zmq.utils import z85
 
 from pdserve.core.config import SecuritySection
 from pdserve.core.errors import ConfigError
@@ -18,6 +19,8 @@ from pdserve.core.keys import (
     secure_client,
     secure_server,
 )
+
+LIMIT_MS = 60_000  # a moment on an idle machine
 
 
 def test_new_keys_load_again(tmp_path: Path) -> None:
@@ -108,10 +111,43 @@ def test_only_members_are_heard(tmp_path: Path) -> None:
             ]
             assert not server.poll(400)
             member = _says(context, endpoint, keys)
-            assert server.poll(5000)
+            assert server.poll(LIMIT_MS)
             assert server.recv_multipart()[1] == b"hello"
             assert not server.poll(100)
             assert not any(client.closed for client in (*strangers, member))
+    finally:
+        context.destroy(linger=0)
+
+
+def test_a_question_that_is_withdrawn_does_not_hold_the_gate(tmp_path: Path) -> None:
+    """Whoever asks may be gone before it is read. The gate answers the next one, and ends."""
+    keys = _pair(tmp_path, "a")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+
+    def ask(*frames: bytes) -> zmq.Socket[bytes]:
+        asking = context.socket(zmq.DEALER)
+        asking.linger = 0
+        asking.connect("inproc://zeromq.zap.01")
+        asking.send_multipart([b"", *frames])
+        return asking
+
+    member = [b"1.0", b"7", b"pdserve", b"127.0.0.1", b"", b"CURVE", z85.decode(keys.public)]
+    try:
+        with admit(context, keys):
+            for _ in range(100):
+                ask(*member).close(linger=0)
+            others = [
+                [b"2.0", *member[1:]],
+                [*member[:2], b"another", *member[3:]],
+                [*member[:5], b"NULL"],
+                [*member[:6], bytes(32)],
+                [*member, b"more"],
+            ]
+            for question, code in [(member, b"200"), *((other, b"400") for other in others)]:
+                asking = ask(*question)
+                assert asking.poll(LIMIT_MS)
+                assert asking.recv_multipart()[1:4] == [b"1.0", b"7", code]
+                asking.close()
     finally:
         context.destroy(linger=0)
 

