@@ -8,6 +8,9 @@ says of it, on its own clock (``core.messages.TransferDone``):
     exposed   from the prompt's last chunk to the same word: what a client waits for
     waited    from the prompt's start to the grant
 
+``cpu_s_per_gb`` is of both workers with all their threads; ``faults`` are pages a transfer that
+the kernel had to find.
+
 The floors are measured in the same run: a memory copy (or ``copy_`` between the GPUs), a bare
 pair of ZeroMQ sockets. ``pulls`` is a peer's pool copied from and nothing else. The first
 transfer of each case is checked, block by block; it does not count.
@@ -197,7 +200,9 @@ class Bench:
         self, pair: Pair, case: Case, tokens: int, floor: dict[str, Any], prefill: str
     ) -> dict[str, Any]:
         repeats = self._repeats if tokens > 64 else 5 * self._repeats
+        before = pair.usage()
         done = [pair.transfer(tokens).done for _ in range(repeats)]
+        after = pair.usage()
         took = [one for one in done if one is not None]
         assert {one.medium for one in took} == {case.medium}, took[0].medium
         moving = statistics.median(one.moving_s for one in took)
@@ -217,13 +222,16 @@ class Bench:
             "exposed_ms": statistics.median(one.exposed_s for one in took) * 1000,
             "waited_ms": statistics.median(one.waited_s for one in took) * 1000,
             "overhead_ms": statistics.median(one.waited_s + one.exposed_s for one in took) * 1000,
+            "cpu_s_per_gb": (after.cpu_s - before.cpu_s) / (repeats * size / 1e9),
+            "faults": (after.faults - before.faults) / repeats,
             "floor": against,
             "ratio": size / moving / 1e9 / floor[f"{against}_gb_s"],
         }
         print(
             f"{case!s:24} {tokens:6d} tokens {prefill:>13}: moving {row['moving_ms']:8.2f} ms, "
             f"{row['gb_s']:6.1f} GB/s, {row['ratio']:.2f} of {against}; "
-            f"exposed {row['exposed_ms']:.2f} ms, waited {row['waited_ms']:.2f} ms",
+            f"exposed {row['exposed_ms']:.2f} ms, waited {row['waited_ms']:.2f} ms, "
+            f"CPU {row['cpu_s_per_gb']:.2f} s/GB",
             flush=True,
         )
         return row

@@ -59,6 +59,14 @@ class Request:
     failed: str = ""  # what a worker has said of that
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """``faults``: pages that the kernel had to find, among them those that it zeroes."""
+
+    cpu_s: float
+    faults: int
+
+
 class Pair:
     """``with`` it: both workers are up; at the end they are gone. RuntimeError where a request
     fails or a worker ends."""
@@ -107,6 +115,16 @@ class Pair:
         del self._hellos[name]
         self.blocks.pop(name, None)
         self._live[name].clear()
+
+    def usage(self) -> Usage:
+        """Of both workers, so far."""
+        faults = ticks = 0
+        for process in self._processes.values():
+            # the name before may hold anything; behind it the fields count from 3, see proc(5)
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            faults += int(fields[7])
+            ticks += int(fields[11]) + int(fields[12])
+        return Usage(ticks / os.sysconf("SC_CLK_TCK"), faults)
 
     def pause(self, name: str) -> None:
         self._processes[name].send_signal(signal.SIGSTOP)
