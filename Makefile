@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: serve test test-all check format docs bench deaths soak chaos mutations clean
+.PHONY: serve test test-all check format docs bench deaths soak chaos network mutations clean
 
 serve: $(READY)
 	@exec $(BIN)/pdserve serve $(CONFIG)
@@ -64,6 +64,12 @@ chaos: $(READY)
 # Takes guards out of a copy of the tree, one at a time; some test must miss each. ONLY=word
 mutations: $(READY)
 	PYTHONPATH=tests/helpers $(BIN)/python tests/mutation/run.py $(ONLY)
+
+# The network between three hosts cut, and messages spoilt: root makes the hosts, as namespaces.
+CUTS ?= 24
+network: $(READY)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/chaos/network.py --out $(OUT) \
+	  --cuts $(CUTS) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
