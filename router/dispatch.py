@@ -283,6 +283,7 @@ class Dispatch:
         for request in lost:
             counts = strike and request.key not in spared
             effects += self._change(request, partial(request.replay, strike=counts), now)
+        self._loads.gone(ref)
         return effects + self._place_queued(now)
 
     def _lacks(self, pools: PoolsSection) -> str | None:

@@ -176,13 +176,17 @@ class Loads:
     def _computed(self, charge: _Charge, now: float) -> None:
         """What was done beside it is the others' who have left the queue."""
         worker = charge.placement.prefill
-        load, pace = self._of(worker), self._pace(worker)
         if not charge.head or charge.work_ms <= 0:
             return
+        load, pace = self._of(worker), self._pace(worker)
         pace.done(charge.work_ms, now)
         others_ms = load.head_ms - charge.prefill_ms
         beside_ms = (now - load.head_since) * 1e3 * pace.rate - charge.work_ms
         load.head_since = now - max(0.0, min(beside_ms, others_ms)) / 1e3 / pace.rate
+
+    def gone(self, worker: WorkerRef) -> None:
+        """That life of a worker is over, and never comes back."""
+        self._paces.pop(worker, None)
 
     def _prefilled(self, charge: _Charge) -> None:
         load = self._of(charge.placement.prefill)

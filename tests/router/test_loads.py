@@ -22,3 +22,14 @@ def test_a_request_that_is_placed_again_before_its_prompt_was_due() -> None:
     assert loads[A].prefill_ms == 0.0
     loads.left("x")
     assert loads[A].num_requests == loads[B].num_requests == 0
+
+
+def test_nothing_is_kept_of_a_life_that_is_over() -> None:
+    loads = Loads()
+    loads.placed("x", PLACEMENT, 100, deadline=1.0)
+    loads.started("x", 0.0)
+    loads.left("x")
+    empty = Loads()
+    loads.gone(A)
+    assert loads._paces == empty._paces
+    assert loads._loads == empty._loads
