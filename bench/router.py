@@ -47,6 +47,7 @@ from .router_share import Histograms, own_share
 NUM_WORKERS = 256
 _HELD_BLOCKS = 1024  # of each worker, in the map of prefixes
 _PROMPTS = (128, 512, 2048)
+_KNOWN = (0.5, 1.0)  # of a prompt's tokens, to some workers
 _STREAM_WORKERS = 8
 
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         "load_average_before": os.getloadavg()[0],  # what else ran: it is in the times, not in CPU
     }
     if arguments.only in (None, "decide"):
-        report["decide"] = [decide(length) for length in _PROMPTS]
+        report["decide"] = [decide(length, share) for share in _KNOWN for length in _PROMPTS]
     if arguments.only in (None, "streams"):
         report["streams"] = streams(arguments)
     if arguments.only in (None, "held"):
@@ -83,8 +84,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def decide(num_tokens: int, rounds: int = 600) -> dict[str, Any]:
-    """Placing a request of so many tokens, half of which some workers hold already."""
+def decide(num_tokens: int, share: float = 0.5, rounds: int = 600) -> dict[str, Any]:
+    """Placing a request of so many tokens, of which some workers hold that share already."""
     rng = random.Random(num_tokens)
     salt = b"bench"
     dispatch = Dispatch(
@@ -96,7 +97,7 @@ def decide(num_tokens: int, rounds: int = 600) -> dict[str, Any]:
         Objectives(500.0, 50.0),
     )
     links = [Link(0, b"%d" % index) for index in range(NUM_WORKERS)]
-    heads = [[rng.randrange(50_000) for _ in range(num_tokens // 2)] for _ in range(64)]
+    heads = [[rng.randrange(50_000) for _ in range(int(share * num_tokens))] for _ in range(64)]
     names_of_heads = []
     for head in heads:
         names: list[bytes] = []
@@ -124,6 +125,7 @@ def decide(num_tokens: int, rounds: int = 600) -> dict[str, Any]:
     return {
         "workers": NUM_WORKERS,
         "prompt_tokens": num_tokens,
+        "share_known": share,
         "blocks_known": len(dispatch.prefixes),
         "median_us": 1e6 * statistics.median(ordered),
         "p99_us": 1e6 * ordered[len(ordered) * 99 // 100],
