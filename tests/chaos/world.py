@@ -2,7 +2,8 @@
 
 It has a run folder of its own (a small file system where this user may mount one, so that it
 can be filled), pools of KV so small that a few long requests fill them, and a wall clock that
-can be set where there is a C compiler.
+can be set where there is a C compiler. All the while some of the messages between its workers
+are lost, doubled or late.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ pools:
   decode: {workers: 2, device: cpu}
 kv: {memory: 192MiB}  # of four workers: 68 blocks each, for some 1,000 tokens
 router: {max_queue: 256}
+faults: {kv: {drop: 0.02, duplicate: 0.05, delay: 0.05, delay_ms: 500}}  # all the time
 """
 
 
