@@ -53,8 +53,9 @@ DRAIN_S = 10.0
 # Objects that were made and not freed, from one look for circles to the next; how many looks at
 # the youngest come before one at those that it left; how many of these before one at all. An
 # open stream is 120 objects, and all that happens waits for a look: one at the youngest takes a
-# millisecond, one at all of a thousand streams fifty. Only clients that hang up leave circles.
-_GC_THRESHOLDS = (2_000, 3, 300)
+# millisecond or two, one at all of a thousand streams fifty. Only clients that hang up leave
+# circles, of some 70 objects each: so all is looked at before 10,000 of them have piled up.
+_GC_THRESHOLDS = (2_000, 3, 100)
 _INTERRUPTED = 130
 
 
