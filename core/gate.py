@@ -32,9 +32,10 @@ def gate(
 
 
 class _Gate(threading.Thread):
-    """A question may be withdrawn with its connection between the poll and the read, so nothing
-    here waits but the poll, and ``stop`` is heard at any time. (The authenticator that comes with
-    the library waits for a question that is gone, and whoever stops it waits for it.)
+    """Nothing here waits but the poll, so ``stop`` is heard at any time, and its wait is bounded:
+    a question may be withdrawn with its connection between the poll and the read. (The
+    authenticator that comes with the library reads with calls that block, and whoever stops it
+    waits for its thread without a limit.)
     """
 
     def __init__(
