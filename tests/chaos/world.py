@@ -51,6 +51,7 @@ class World:
     skew: mmap.mmap | None  # seconds that wall clocks are wrong by
     roles: Mapping[str, int] = field(default_factory=lambda: dict(_FIRST_ROLES))
     shared: set[Path] = field(default_factory=set)  # every file in /dev/shm that was used
+    killed: set[int] = field(default_factory=set)  # for a moment they still look alive
 
     def pids(self) -> dict[str, int]:
         """The processes that run, by name, as the system knows them."""
@@ -68,6 +69,8 @@ class World:
         pids = self.pids()
         for name in names:
             if name in pids:  # else it is between two lives
+                if number is signal.SIGKILL:
+                    self.killed.add(pids[name])
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pids[name], number)
 
@@ -134,6 +137,7 @@ class World:
             counts[worker["role"]] = counts.get(worker["role"], 0) + 1
         return (
             set(workers) == set(WORKERS) == set(pids) - {ROUTER}
+            and not self.killed & set(pids.values())
             and all(
                 worker["state"] == "ready" and not worker["silent"] and worker["pid"] == pids[name]
                 for name, worker in workers.items()
