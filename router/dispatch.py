@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
@@ -47,7 +48,7 @@ from .effects import Effect, Emit, End, Link, Say
 from .fleet import Fleet
 from .history import EventKind, History
 from .loads import Loads
-from .membership import DEAD_AFTER_S, Membership, MemberState
+from .membership import DEAD_AFTER_S, SILENT_AFTER_S, Membership, MemberState
 from .policy import decide, missing
 from .prefix_map import PrefixMap
 from .requests import Ask, Order, Request, State
@@ -91,6 +92,8 @@ class Dispatch:
         self.prefixes = PrefixMap(salt)
         self._bad_links: dict[tuple[WorkerRef, WorkerRef], float] = {}  # until when
         self._was_up = False
+        self._ticked: float | None = None
+        self._pardon_until = -math.inf
         self.history = History()
         self.staffing = Staffing(
             membership, self._loads, self._fleet, self.history, planning=plan_roles
@@ -195,6 +198,9 @@ class Dispatch:
     def tick(self, now: float) -> list[Effect]:
         """Time has passed."""
         effects: list[Effect] = []
+        if self._stood_still(now):
+            self._pardon_until = now + DEAD_AFTER_S
+        self._ticked = now
         for ref in self.members.silent(now):
             log.warning("%s has not been heard of for %.0f s: it is dead", ref, DEAD_AFTER_S)
             self.members.lost(ref)
@@ -264,7 +270,8 @@ class Dispatch:
         for request in self._on(member.ref):
             if request.key not in listed and request.listed_by(member.ref, now, GRACE_S):
                 log.warning("%s has lost %s", member.ref, request, extra=request.log_fields)
-                effects += self._change(request, request.replay, now)
+                strike = not self._pardons(now)
+                effects += self._change(request, partial(request.replay, strike=strike), now)
         return effects + self._place_queued(now) if effects else []
 
     def _gone(
@@ -280,11 +287,19 @@ class Dispatch:
         log.log(level, "%s is gone; %d requests run on elsewhere", ref, len(lost))
         kind = EventKind.DIED if strike else EventKind.LEFT
         self.history.note(now, kind, ref, len(lost))
+        pardoned = self._pardons(now)
         for request in lost:
-            counts = strike and request.key not in spared
+            counts = strike and not pardoned and request.key not in spared
             effects += self._change(request, partial(request.replay, strike=counts), now)
         self._loads.gone(ref)
         return effects + self._place_queued(now)
+
+    def _pardons(self, now: float) -> bool:
+        """What is lost because this process was not there for a while is no request's fault."""
+        return now < self._pardon_until or self._stood_still(now)
+
+    def _stood_still(self, now: float) -> bool:
+        return self._ticked is not None and now - self._ticked > SILENT_AFTER_S
 
     def _lacks(self, pools: PoolsSection) -> str | None:
         return missing(self._policy, pools, [member.role for member in self.members.alive()])

@@ -353,6 +353,26 @@ def test_a_worker_that_never_got_a_request_was_not_killed_by_it() -> None:
     assert [place[1] for place in places(world.join("d"))] == [Task.DECODE, Task.PREFILL]
 
 
+def test_a_router_that_stood_still_blames_no_request() -> None:
+    """Its workers have dropped all they had, and it loses them one by one as it wakes: before
+    its first tick and after it."""
+    world = World(Policy.DISAGGREGATED)
+    world.join("p", "d", "d1", "d2", "d3", "d4")
+    world.dispatch.tick(0.0)
+    world.submit(ask())
+    world.at(GRACE_S + SILENT_AFTER_S + 1)
+    for name in ("d1", "d2", "d3", "d4", "d", "p"):
+        world.beat(name)  # it has nothing any more
+    world.now += 0.2
+    world.dispatch.tick(world.now)
+    request = world.dispatch._requests[request_id(0)]
+    for _ in range(4):
+        assert request.placement is not None
+        lost = world.link(request.placement.decode.worker_id)
+        assert ended(world.dispatch.unreachable(lost, world.now)) == []
+    assert (request.strikes, request.number) == (0, 6)
+
+
 def test_replays_go_before_those_that_wait() -> None:
     world = World(Policy.DISAGGREGATED)
     world.join("p", "d")
