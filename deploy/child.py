@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from signal import Signals
 
 from ..core.clock import Clock, monotonic
 from ..core.supervised import SENTENCE, UP
@@ -83,14 +83,14 @@ class Child:
         assert code is not None
         return code
 
-    def terminate(self) -> None:
+    def signal(self, number: Signals) -> None:
         if not self._exited.is_set():
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Ends the whole group at once."""
         if not self._exited.is_set():
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, Signals.SIGKILL)
 
     @property
     def last_words(self) -> str:
@@ -102,7 +102,7 @@ class Child:
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        os.killpg(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        os.killpg(self.pid, Signals.SIGKILL)  # not reaped yet, so the number is still its own
         self._process.wait()
         self._exited.set()
 
@@ -143,7 +143,7 @@ class Child:
 
 def ended_from_outside(code: int) -> bool:
     """It was told to end, or killed: no fault of its own ends a child so."""
-    outside = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    outside = (Signals.SIGKILL, Signals.SIGTERM, Signals.SIGINT, Signals.SIGHUP)
     return code in (0, INTERRUPTED) or -code in outside
 
 
@@ -152,6 +152,6 @@ def describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     try:
-        return f"killed by {signal.Signals(-code).name}"
+        return f"killed by {Signals(-code).name}"
     except ValueError:
         return f"killed by signal {-code}"

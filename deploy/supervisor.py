@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from signal import Signals
 from typing import Any
 
 from ..core.clock import Clock, monotonic
@@ -46,10 +47,11 @@ class _End:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Children to be told to end together, and the seconds they may take."""
+    """Children to be told to end together, the seconds they may take, and how they are told."""
 
     names: tuple[str, ...]
     limit_s: float
+    signal: Signals = Signals.SIGTERM
 
 
 class Supervisor:
@@ -81,7 +83,7 @@ class Supervisor:
         return child.pid if child is not None else None
 
     async def stop(self, stages: Sequence[Stage], hurry: asyncio.Event) -> None:
-        """SIGTERM stage by stage, then SIGKILL for what is left; at once when ``hurry`` is set.
+        """A signal stage by stage, then SIGKILL for what is left; at once when ``hurry`` is set.
 
         When it returns, no child is left.
         """
@@ -90,7 +92,7 @@ class Supervisor:
             ending = [self._kept[name] for name in stage.names if name in self._kept]
             for kept in ending:
                 if kept.child is not None:
-                    kept.child.terminate()
+                    kept.child.signal(stage.signal)
             await self._ended(ending, stage.limit_s, hurry)
         for kept in self._kept.values():
             if kept.child is not None:

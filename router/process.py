@@ -3,7 +3,10 @@
 bind the control sockets, then HTTP; write ``http.json`` into the run folder
 serve
 SIGTERM or SIGINT: /ready says 503, new requests are refused, those that are here have
-``DRAIN_S`` to end, the workers are told to leave; a second signal ends it at once
+``DRAIN_S`` to end; a second signal ends it at once
+
+SIGTERM ends this process alone: its workers look for the next one. SIGINT ends the deployment,
+and they are told to leave.
 """
 
 from __future__ import annotations
@@ -72,14 +75,16 @@ def run(deployment: Deployment, card: ModelCard, run_dir: Path, drain_s: float =
 async def _run(
     deployment: Deployment, card: ModelCard, run_dir: Path, tokenizer: Tokenizer, drain_s: float
 ) -> int:
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, hurry, all_ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    def on_signal() -> None:
+    def on_signal(number: signal.Signals) -> None:
         (hurry if stop.is_set() else stop).set()
+        if number is signal.SIGINT:
+            all_ends.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal, number)
     async with serving(deployment, card, run_dir, tokenizer) as service:
         # What is here by now stays, and what a token leaves behind is freed as it is let go.
         gc.collect()
@@ -92,6 +97,8 @@ async def _run(
             time_kept.result()  # raises: it ends by a bug only
         log.info("draining: %d requests are here", service.dispatch.num_requests)
         await service.drain(drain_s, hurry)
+        if all_ends.is_set():
+            service.dismiss()
         time_kept.cancel()
     return _INTERRUPTED if hurry.is_set() else 0
 

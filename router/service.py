@@ -179,7 +179,7 @@ class Service:
             self.metrics.lag(self._clock() - slept - TICK_S)
 
     async def drain(self, limit_s: float, hurry: asyncio.Event) -> None:
-        """No new requests; those that are here may end within the limit, then workers leave."""
+        """No new requests; those that are here may end within the limit."""
         self._draining = True
         waits = [asyncio.create_task(self._idle.wait()), asyncio.create_task(hurry.wait())]
         await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
@@ -189,6 +189,9 @@ class Service:
             log.warning("%d requests did not end in time", len(self._streams))
         error = Unavailable("the server has been shut down", code="draining")
         self._run(self.dispatch.fail_all(error, self._clock()))
+
+    def dismiss(self) -> None:
+        """The workers are to leave."""
         self._run(self.dispatch.drain())
 
     def _run(self, effects: Sequence[Effect]) -> None:

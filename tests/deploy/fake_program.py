@@ -36,9 +36,10 @@ def fail(sentence: str, code: int) -> None:
 
 
 def until_terminated(name: str) -> None:
-    """Waits for SIGTERM, and takes a little to end."""
+    """Waits for the signal that ends the whole deployment, and takes a little to end."""
     end = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: end.set())
+    number = signal.SIGINT if name == "router" else signal.SIGTERM
+    signal.signal(number, lambda *_: end.set())
     tell(f"{name} is up, pid {os.getpid()}")
     up()
     while not end.wait(0.05):

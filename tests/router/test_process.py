@@ -109,7 +109,7 @@ def test_a_signal_lets_streams_end_and_takes_no_new_ones() -> None:
             mode = (up.run_dir / "control.sock").stat().st_mode
             assert mode & 0o077 == 0
             async with streaming(up, worker) as stream, aiohttp.ClientSession(up.url) as client:
-                up.popen.send_signal(signal.SIGTERM)
+                up.popen.send_signal(signal.SIGINT)
                 while (await client.get("/ready")).status != 503:  # noqa: ASYNC110 (another process)
                     await asyncio.sleep(0.02)
                 async with client.post(PLAIN, json={"model": MODEL, "prompt": "x"}) as refused:
@@ -143,15 +143,21 @@ def test_a_second_signal_ends_it_at_once_and_the_client_hears_why() -> None:
     run(main())
 
 
-def test_a_router_that_is_killed_and_started_again_in_the_same_folder() -> None:
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0)])
+def test_a_router_that_ends_and_is_started_again_in_the_same_folder(
+    how: signal.Signals, code: int
+) -> None:
+    """Whoever ends it alone keeps the workers: they are not told to leave."""
+
     async def main() -> None:
         async with process() as up, FakeWorker(up.net, "mixed-0", Role.MIXED) as worker:
-            up.popen.kill()
-            assert await up.end() == -signal.SIGKILL
+            up.popen.send_signal(how)
+            assert await up.end() == code
             again = start(up.run_dir)
             try:
                 await until(lambda: worker.refused is not None)  # of a router it does not know
                 assert worker.refused is not None and worker.refused.rejoin
+                assert not worker.drained
                 async with FakeWorker(up.net, "mixed-0", Role.MIXED):
                     found = json.loads((up.run_dir / "http.json").read_text())
                     url = f"http://{found['host']}:{found['port']}"
