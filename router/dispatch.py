@@ -277,8 +277,8 @@ class Dispatch:
     def _gone(
         self, ref: WorkerRef, now: float, *, strike: bool = True, spared: Container[Key] = ()
     ) -> list[Effect]:
-        """That life of a worker is over: what needs it is replayed, with a strike but for those
-        who are spared it."""
+        """That life of a worker is over: what needs it is replayed, and may be its cause but for
+        those who are spared that."""
         self.prefixes.gone(ref)
         self._fleet.members_changed()
         effects: list[Effect] = []
@@ -289,8 +289,9 @@ class Dispatch:
         self.history.note(now, kind, ref, len(lost))
         pardoned = self._pardons(now)
         for request in lost:
-            counts = strike and not pardoned and request.key not in spared
-            effects += self._change(request, partial(request.replay, strike=counts), now)
+            blamed = strike and not pardoned and request.key not in spared
+            replay = request.died if blamed else partial(request.replay, strike=False)
+            effects += self._change(request, replay, now)
         self._loads.gone(ref)
         return effects + self._place_queued(now)
 

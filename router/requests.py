@@ -7,7 +7,8 @@ An attempt is lost when a worker that it needs dies, when a worker gives it up, 
 worker's beats do not list it. The next one runs prompt + output so far, elsewhere or on
 a restarted worker, and draws the same tokens. All that dies within one attempt is one
 strike; tokens lost on the way are none, where the attempt has brought some. After two
-strikes the request runs whole, alone on one worker; a third ends it.
+strikes the request runs whole, alone on one worker; a third ends it. A worker that dies before
+the attempt is known to have begun was hardly killed by it: no strike, for the first few times.
 
 Tokens carry their absolute index in the output: each is emitted once, whoever sends it and
 however often.
@@ -43,6 +44,7 @@ from .timeline import Marks, Outcome, Stage, Timeline
 
 _TOO_MANY = 429  # HTTP's
 MAX_STRIKES = 2  # after so many it runs alone
+MAX_DOUBTS = 3  # deaths before it had begun; the word that it has may die with a worker, too
 
 Order = tuple[WorkerRef, ToWorker]
 
@@ -88,6 +90,7 @@ class Request:
         self.state = State.QUEUED
         self.output: list[int] = []
         self.strikes = 0
+        self._num_doubts = 0
         self.num_cached_tokens: int | None = None  # of the prompt, at the first attempt
         self.error: RequestError | None = None
         self.placement: Placement | None = None
@@ -265,6 +268,12 @@ class Request:
         if failure.kind is FailureKind.TOO_LARGE:
             return self.fail(RequestError(failure.text, code="context_length_exceeded"))
         return self.replay()
+
+    def died(self) -> list[Order]:
+        """A worker that this attempt needs is dead."""
+        doubt = not (self._started or self.prefilled) and self._num_doubts < MAX_DOUBTS
+        self._num_doubts += doubt
+        return self.replay(strike=not doubt)
 
     def replay(self, *, strike: bool = True) -> list[Order]:
         """PLACED, STREAMING -> QUEUED, or FAILED at the third strike."""

@@ -148,6 +148,13 @@ GUARDS = (
         ("tests/router/test_requests.py",),
     ),
     Guard(
+        "the doubt of which a request has the benefit is bounded",
+        "router/requests.py",
+        " and self._num_doubts < MAX_DOUBTS",
+        "",
+        ("tests/router/test_requests.py",),
+    ),
+    Guard(
         "blocks that are still read for sending stay P's",
         "kvtransfer/sender.py",
         "if transfer.outcome is None or transfer.chunks:",

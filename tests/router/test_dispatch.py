@@ -316,11 +316,14 @@ def test_two_strikes_then_whole_then_an_error() -> None:
     world = World(Policy.DISAGGREGATED)
     world.join("p", "d")
     world.submit(ask())
+    world.says("p", Started(Key(request_id(0), 1), 0))
     effects = world.join("d")
     assert [place[1] for place in places(effects)] == [Task.DECODE, Task.PREFILL]
+    world.says("p", Started(Key(request_id(0), 2), 0))
     effects = world.join("d")
     ((name, task, number),) = places(effects)
     assert (task, number) == (Task.WHOLE, 3)
+    world.says(name, Started(Key(request_id(0), 3), 0))
     (error,) = ended(world.join(name))
     assert error is not None and error.status == 500
     assert world.dispatch.num_requests == 0
@@ -330,6 +333,7 @@ def test_both_die_within_one_attempt_and_it_is_one_strike() -> None:
     world = World(Policy.DISAGGREGATED)
     world.join("p", "d")
     world.submit(ask())
+    world.says("p", Started(Key(request_id(0), 1), 0))
     world.dispatch.unreachable(world.link("p"), 1.0)
     world.dispatch.unreachable(world.link("d"), 1.0)
     request = world.dispatch._requests.get(request_id(0))
@@ -351,6 +355,17 @@ def test_a_worker_that_never_got_a_request_was_not_killed_by_it() -> None:
     request = world.dispatch._requests.get(request_id(0))
     assert request is not None and request.strikes == 0
     assert [place[1] for place in places(world.join("d"))] == [Task.DECODE, Task.PREFILL]
+
+
+def test_a_worker_that_was_dying_as_it_got_a_request_was_not_killed_by_it() -> None:
+    """The message was sent, to a process that had been killed and had not ended yet."""
+    world = World(Policy.DISAGGREGATED)
+    world.join("p", "d", "d1")
+    world.submit(ask())
+    world.says("p", Started(Key(request_id(0), 1), 0))
+    for name in ("d", "d1"):
+        world.dispatch.unreachable(world.link(name), 1.0)
+    assert world.dispatch._requests[request_id(0)].strikes == 1
 
 
 def test_a_router_that_stood_still_blames_no_request() -> None:

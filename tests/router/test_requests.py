@@ -22,7 +22,7 @@ from pdserve.core.messages import (
 )
 from pdserve.core.params import SamplingParams
 from pdserve.router.policy import Placement
-from pdserve.router.requests import Ask, Order, Request, State
+from pdserve.router.requests import MAX_DOUBTS, MAX_STRIKES, Ask, Order, Request, State
 from pdserve.router.snapshot import Objectives
 
 ID = "0123456789abcdef" * 2
@@ -202,6 +202,35 @@ def test_after_two_strikes_alone_and_after_three_an_error() -> None:
     assert aborts(one.replay()) == [(M, 3)]
     assert one.state is State.FAILED
     assert one.error is not None and (one.error.status, one.error.code) == (500, "workers_lost")
+
+
+def test_a_death_before_it_has_begun_is_no_strike_for_the_first_few_times() -> None:
+    """It would be the word that it has begun which died with the worker, time after time."""
+    one = request(placement=WHOLE)
+    for _ in range(MAX_DOUBTS):
+        assert aborts(one.died()) == [(M, one.number - 1)]
+        one.place(WHOLE, address, 1.0)
+    assert one.strikes == 0
+    for _ in range(MAX_STRIKES):
+        one.died()
+        one.place(WHOLE, address, 2.0)
+    assert one.alone
+    one.died()
+    assert one.error is not None and one.error.code == "workers_lost"
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_death_once_it_has_begun_is_a_strike(by_token: bool) -> None:
+    one = request()
+    if by_token:
+        one.token(token(0), P, 0.5)
+    else:
+        one.started(one.key, 0, 0.5)
+    one.died()
+    assert one.strikes == 1
+    one.place(SPLIT, address, 1.0)
+    one.died()
+    assert one.strikes == 1, "the attempt before had begun, not this one"
 
 
 def test_a_worker_that_leaves_is_no_strike() -> None:
