@@ -106,12 +106,14 @@ class StepCost:
         return self.decode.ms(batch, kv_tokens) + alone_ms - self.decode.base_ms
 
     def chunk_within(self, batch: int, kv_tokens: int, ms: float) -> float:
-        """The ``work_ms`` of chunks that a step of at most ``ms`` has room for."""
+        """The ``work_ms`` of chunks that a step of at most ``ms`` has room for.
+
+        What fits under the read of the weights is free, and so is there in any case: the batch
+        alone takes as long.
+        """
         if batch > 0:
             ms -= self.decode.ms(batch, kv_tokens) - self.decode.base_ms
-        if ms < self.decode.base_ms:
-            return 0.0
-        return max(0.0, ms - self.prefill.base_ms)
+        return max(0.0, max(ms, self.decode.base_ms) - self.prefill.base_ms)
 
     def scaled(self, prefill: float, decode: float) -> StepCost:
         """As two calibrations see it."""

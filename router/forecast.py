@@ -64,8 +64,9 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     limit = MARGIN * np.minimum(c.tpot_ms, wish.objectives.tpot_ms)
     beside = np.where(c.batch > 0, c.per_sequence * c.batch + c.per_kv * c.kv, 0.0)
     chunk = c.per_token * c.chunk_tokens
-    room = np.where(c.batch > 0, limit - beside - c.prefill_base, chunk)
-    chunk = np.minimum(chunk, np.maximum(room, 0.0))
+    # under the read of the weights there is room even where the batch is over its objective
+    room = np.maximum(limit - beside, c.decode_base) - c.prefill_base
+    chunk = np.where(c.batch > 0, np.minimum(chunk, np.maximum(room, 0.0)), chunk)
     rate = np.maximum(chunk / (chunk + c.prefill_base + beside + 1e-9), _LEAST_RATE)
     done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * rate))
     # what has left the queue is in the step that is on, else half a step of decode is still to go

@@ -26,8 +26,8 @@ def test_tokens_are_due_one_after_the_other_with_a_credit_at_first() -> None:
         # a step of 29 ms: the batch's 5 + 1 + 1, and beside the weights' read 2 + 20
         (100, 0.029, 1250),
         (100, 0.007, 150),  # what fits under the read of the weights
-        (100, 0.0, 16),  # a prompt never stands still
-        (100, -5.0, 16),
+        (100, 0.0, 150),  # that much costs the batch nothing, late as it is
+        (100, -5.0, 150),
     ],
 )
 def test_a_chunk_fills_the_time_until_the_first_token_is_due(
@@ -35,6 +35,11 @@ def test_a_chunk_fills_the_time_until_the_first_token_is_due(
 ) -> None:
     found = chunk_tokens(COST, 2048, batch, batch * 1000, slack_s, 0)
     assert found == pytest.approx(expected, abs=1)
+
+
+def test_a_prompt_never_stands_still() -> None:
+    nothing_free = StepCost(PrefillCost(5.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
+    assert chunk_tokens(nothing_free, 2048, 100, 100_000, -5.0, 0) == 16
 
 
 def test_far_into_a_prompt_a_token_costs_more() -> None:
