@@ -10,6 +10,7 @@ from typing import TypeAlias
 import zmq
 
 from ...core.ids import WorkerRef
+from ...core.messages import PeerAddress
 from ..effects import Send, SendBlocks
 from .copier import Prepared
 from .endpoints import Socket
@@ -37,7 +38,7 @@ class Dialled(Line):
     """A socket to a peer's receiver. The first of a peer carries every message, and its share
     of the chunks; the further ones (``stream`` > 0) only chunks, behind a Connect each."""
 
-    endpoint: str
+    peer: PeerAddress
     socket: Socket
     stream: int = 0
     connected_at: float | None = None  # when a further stream last said who it is

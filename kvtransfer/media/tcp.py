@@ -134,7 +134,10 @@ class KvSockets:
             (self._router, zmq.POLLIN),
             (self._results.fileno(), zmq.POLLIN),
             *(
-                (socket, zmq.POLLIN | zmq.POLLOUT if dialled.queue else zmq.POLLIN)
+                (
+                    socket,
+                    zmq.POLLIN | zmq.POLLOUT * bool(dialled.queue or self._is_awaited(dialled)),
+                )
                 for socket, dialled in self._by_socket.items()
             ),
         ]
@@ -196,6 +199,7 @@ class KvSockets:
             if (guest := self._guests.get(peer)) is not None:
                 self._forget(guest)
             events.append(SocketLost(peer, f"the process of {peer} has ended"))
+        self._dial_further(now)
         events += self._sent_by_now(now)
         lines: list[Line] = [*self._by_socket.values(), *self._guests.values()]
         for line in lines:
@@ -218,26 +222,42 @@ class KvSockets:
     # opening and closing
 
     def _dial(self, peer: PeerAddress, now: float) -> list[Dialled] | str:
-        """Opens the sockets to a peer, or tells what is wrong with its address."""
-        lines: list[Dialled] = []
-        for stream in range(self._num_streams):
-            socket = self._endpoints.dial(peer, self.address.endpoint)
-            if isinstance(socket, str):
-                return socket
-            line = Dialled(
-                ref=peer.ref, used_at=now, endpoint=peer.endpoint, socket=socket, stream=stream
-            )
-            lines.append(line)
-        self._by_socket.update({line.socket: line for line in lines})
-        self._dialled[peer.ref] = lines
+        """Opens the first socket to a peer, or tells what is wrong with its address."""
+        line = self._open(peer, 0, now)
+        if isinstance(line, str):
+            return line
+        self._dialled[peer.ref] = [line]
         self._greetings[peer.ref] = self._handshake.connect(peer)
-        return lines
+        return self._dialled[peer.ref]
+
+    def _dial_further(self, now: float) -> None:
+        """The next stream of each peer, once its last one is connected. ZeroMQ gives a new
+        connection to the thread that has the fewest, and counts those that are there: of several
+        that come at once one thread would get all, on either side."""
+        for lines in self._dialled.values():
+            last = lines[-1]
+            if self._is_awaited(last) and last.socket.poll(0, zmq.POLLOUT):
+                line = self._open(last.peer, len(lines), now)
+                assert isinstance(line, Dialled), line  # its address was good before
+                lines.append(line)
+
+    def _is_awaited(self, line: Dialled) -> bool:
+        """Whether the next stream is dialled as soon as this one has its connection."""
+        return line.stream == len(self._dialled[line.ref]) - 1 < self._num_streams - 1
+
+    def _open(self, peer: PeerAddress, stream: int, now: float) -> Dialled | str:
+        socket = self._endpoints.dial(peer, self.address.endpoint)
+        if isinstance(socket, str):
+            return socket
+        line = Dialled(ref=peer.ref, used_at=now, peer=peer, socket=socket, stream=stream)
+        self._by_socket[socket] = line
+        return line
 
     def _give_up(self, line: Line, now: float) -> list[KvEvent]:
         text = f"{line.ref} took nothing for {self._limits.stall_s:g} s"
         if isinstance(line, Dialled):
             text += (
-                f" at {line.endpoint}: unreachable, not reading, or it refuses this "
+                f" at {line.peer.endpoint}: unreachable, not reading, or it refuses this "
                 "worker's key or token"
             )
         log.warning("%s", text)
