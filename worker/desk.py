@@ -84,18 +84,16 @@ class Desk:
 
     # for the I/O thread, which waits for nobody for long
 
-    def try_to_catch_up(self, post: Callable[[list[Effect]], None]) -> None:
-        """``catch_up``, and wakes the step thread where there is something for it to do."""
+    def try_to_catch_up(self, post: Callable[[list[Effect]], None]) -> bool:
+        """``catch_up``; whether there is something for the step thread to do now. Wake it *after*
+        what was posted is sent: it would plan a step first, and a peer would wait for that."""
         if not self._taken.acquire(timeout=_PATIENCE_S):
-            self._inbox.wake()
-            return
+            return True
         try:
             self.catch_up(post)
-            wanted = self.core.may_run or self.core.drained or self.stopped is not None
+            return self.core.may_run or self.core.drained or self.stopped is not None
         finally:
             self._taken.release()
-        if wanted:
-            self._inbox.wake()
 
     def status(self) -> Status:
         """As of now, or a moment ago."""

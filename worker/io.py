@@ -177,7 +177,8 @@ class IoThread(threading.Thread):
         poller.register(self._waker, zmq.POLLIN)
         reading = not self.inbox.full
         poller.register(router, (zmq.POLLIN * reading) | (zmq.POLLOUT * bool(self._unsent)))
-        for socket, flags in self._kv.sockets():
+        sockets = self._kv.sockets()
+        for socket, flags in sockets:
             poller.register(socket, flags if reading else flags & ~zmq.POLLIN)
         ready = dict(poller.poll(self._patience_ms()))
         if self._waker in ready:
@@ -188,8 +189,8 @@ class IoThread(threading.Thread):
             events += self._hear(message, now)
         if ready.get(router, 0) & zmq.POLLIN:
             events += self._read_router(router, now)
-        for socket, flags in self._kv.sockets():
-            if flags & zmq.POLLIN and ready.get(socket, 0) & zmq.POLLIN:
+        for socket, _ in sockets:
+            if ready.get(socket, 0) & zmq.POLLIN:
                 events += self._kv.on_readable(socket, now)
         events += self._take_posts()
         events += self._kv.flush(now)
@@ -206,8 +207,10 @@ class IoThread(threading.Thread):
         while events or due:
             due = False
             self.inbox.put(*events)
-            self.desk.try_to_catch_up(self._posts.append)
+            wanted = self.desk.try_to_catch_up(self._posts.append)
             events = self._take_posts()
+            if wanted:
+                self.inbox.wake()
 
     def _patience_ms(self) -> int:
         due = min(self._link.next_deadline(), self.desk.next_tick, self._disturbed.next_due)

@@ -46,7 +46,8 @@ class Io:
 
     def hears(self, *events: RouterSaid | Stop) -> None:
         self.inbox.put(*events)
-        self.desk.try_to_catch_up(self.post)
+        if self.desk.try_to_catch_up(self.post):
+            self.inbox.wake()
 
     def post(self, effects: list[Effect]) -> None:
         self.posted += effects
