@@ -24,7 +24,7 @@ import uvloop
 
 from ...core.errors import PdserveError
 from ...core.orphans import die_with_parent
-from .load import Load, Orders, Outcome, Progress
+from .load import LevelCount, Load, Orders, Outcome, Progress
 from .records import ClientHealth
 
 _START_LIMIT_S = 60.0
@@ -72,8 +72,7 @@ def run_clients(
         start = time.monotonic() + _LEAD_S
         for client in clients:
             client.pipe.send(start)
-        allowed = orders.give_up.allowed if orders.give_up is not None else math.inf
-        return _merged(_collect(clients, watch, start + limit_s, allowed))
+        return _merged(_collect(clients, watch, start, limit_s, orders))
     finally:
         for client in clients:
             client.process.kill()
@@ -107,15 +106,17 @@ def shares(orders: Orders, number: int) -> list[Orders]:
 def _collect(
     clients: Sequence[_Client],
     watch: Callable[[Progress], None],
-    limit: float,
-    allowed: float,
+    start: float,
+    limit_s: float,
+    orders: Orders,
 ) -> list[Outcome]:
+    allowed = orders.give_up.allowed if orders.give_up is not None else math.inf
     told = False
     outcomes: dict[int, Outcome] = {}
     progress = [Progress() for _ in clients]
     by_pipe = {id(client.pipe): index for index, client in enumerate(clients)}
     while len(outcomes) < len(clients):
-        left = limit - time.monotonic()
+        left = start + limit_s - time.monotonic()
         if left <= 0:
             raise ClientDied("a client process did not end in time")
         waiting = [c.pipe for i, c in enumerate(clients) if i not in outcomes]
@@ -128,7 +129,11 @@ def _collect(
                 progress[index] = message
                 summed = _summed(progress)
                 watch(summed)
-                if summed.missed > allowed and not told:
+                now = time.monotonic() - start
+                level_missed = orders.levels is not None and orders.levels.missed(
+                    summed.levels, now
+                )
+                if (summed.missed > allowed or level_missed) and not told:
                     told = True
                     for client in clients:
                         with contextlib.suppress(OSError):  # it has just ended
@@ -153,6 +158,10 @@ def _summed(parts: Sequence[Progress]) -> Progress:
         tokens=sum(one.tokens for one in parts),
         missed=sum(one.missed for one in parts),
         ttfts_ms=tuple(value for one in parts for value in one.ttfts_ms),
+        levels=tuple(
+            LevelCount(sum(one.missed for one in same), sum(one.open for one in same))
+            for same in zip(*(one.levels for one in parts if one.levels), strict=True)
+        ),
     )
 
 

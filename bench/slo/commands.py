@@ -20,8 +20,11 @@ from .prompts import PromptKind
 from .runs import LoadSpec
 from .search import Settings
 from .servers import Server, probe
+from .staircases import Flight
+from .verdict import read_peer
 
 _URL = "http://127.0.0.1:8000"
+_OF_A_CALL = ("servers", "out", "resume", "budget", "shares")  # and not of the plan
 _EXAMPLES = {
     "serve": """examples:
   pdserve bench serve --workload chat --rate 4
@@ -121,6 +124,17 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         help="with the first rate to try, or with the rates to run: 2048/256@4,8,16",
     )
     parser.add_argument("--slo", action="append", default=[], metavar="TTFT/TPOT", help="ms")
+    parser.add_argument(
+        "--staircase",
+        action="store_true",
+        help="hold the rates of W@R1,R2,.. in one run, each for --duration, from R1 up to the "
+        "first that is missed; capacity is interpolated",
+    )
+    parser.add_argument(
+        "--shares",
+        metavar="N,N,..",
+        help="of the budget for each server; default: the first ones take what they need",
+    )
     parser.add_argument("--rounds", type=int, default=1, help="each visits every server once")
     parser.add_argument("--gpus", type=int, metavar="N", help="of each; default: its workers")
     parser.add_argument("--start-limit", type=float, default=300.0, metavar="S")
@@ -133,6 +147,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--peer", type=Path, metavar="JSON", help="figures to set beside")
 
 
 def _load(arguments: argparse.Namespace, workload: str) -> LoadSpec:
@@ -240,9 +255,9 @@ def _compare(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{arguments.resume}: not a folder of pdserve bench compare")
         parser = argparse.ArgumentParser()
         _compare_options(parser)
-        budget = arguments.budget
+        given = arguments
         arguments = parser.parse_args(command)
-        arguments.budget = budget
+        arguments.budget, arguments.shares = given.budget, given.shares
     else:
         folder = _folder(arguments.out)
     if not arguments.servers or not arguments.workload:
@@ -253,6 +268,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     entries = checked([Entry.parse(text) for text in arguments.servers])
     searches = any(task.settings is not None for task in tasks)
     plan = _plan(objectives, tasks, search if searches else None)
+    if arguments.staircase:
+        plan["staircase"] = {"target": arguments.target, "min_requests": arguments.min_requests}
+        plan["levels"] = {task.load.workload: list(task.rates) for task in tasks}
     folder.agree_on(plan | {"command": _command(arguments)})
     comparison = Comparison(
         folder=folder,
@@ -266,6 +284,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         accept_divergence=arguments.accept_divergence,
         tell=not arguments.no_tell,
         api_key=_api_key(),
+        shares=_shares(arguments.shares, len(entries)),
     )
     try:
         done = comparison.run()
@@ -278,7 +297,11 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     """The options again, all of them, for ``--resume``; but for what may change."""
     words = [str(Path(s).absolute()) if Path(s).exists() else s for s in arguments.servers]
     for key, value in sorted(vars(arguments).items()):
-        if key in ("servers", "out", "resume", "budget") or value is None or value is False:
+        if (
+            key in ("servers", "out", "resume", "budget", "shares")
+            or value is None
+            or value is False
+        ):
             continue
         flag = "--" + key.replace("_", "-")
         if value is True:
@@ -299,21 +322,38 @@ def _task(arguments: argparse.Namespace, text: str, search: dict[str, Any]) -> T
     if not all(rate > 0 for rate in rates):
         raise ConfigError(f"--workload: found '{text}'; allowed: rates above 0")
     load = _load(arguments, workload)
+    if arguments.staircase:
+        levels = tuple(sorted(set(rates)))
+        flight = Flight(load, levels, rates[0], arguments.target, arguments.min_requests)
+        return Task(load, None, levels, flight)
     if len(rates) > 1:
         return Task(load, None, rates)
     return Task(load, Settings(start=rates[0], **search))
 
 
+def _shares(text: str | None, servers: int) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != servers or not all(part > 0 for part in found):
+        raise ConfigError(f"--shares: found '{text}'; allowed: {servers} numbers above 0")
+    return found
+
+
 def _report(arguments: argparse.Namespace) -> int:
-    _finish(Folder.existing(arguments.folder))
+    peer = read_peer(arguments.peer) if arguments.peer is not None else None
+    _finish(Folder.existing(arguments.folder), peer)
     return 0
 
 
-def _finish(folder: Folder) -> None:
+def _finish(folder: Folder, peer: dict[str, Any] | None = None) -> None:
     """Draws what the folder holds."""
     if not folder.runs():
         return
-    found = report.write(folder)
+    found = report.write(folder, peer)
     try:
         from . import page
     except ImportError as error:
@@ -321,7 +361,7 @@ def _finish(folder: Folder) -> None:
     else:
         page.write(folder, found)
     shown = "## A closer look" if len(found["cells"]) > 1 else "## Definitions"
-    print(report.markdown(found).split("## Definitions")[0].split(shown)[0].rstrip())
+    print(report.markdown(found, peer).split("## Definitions")[0].split(shown)[0].rstrip())
     live.tell(f"in {folder.path}: report.md, report.html, report.json, and every run")
 
 

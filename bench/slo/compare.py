@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...core.errors import ConfigError, PdserveError
+from ...core import config
+from ...core.errors import ConfigError, PdserveError, StartupError
 from . import live
+from .clients import ClientDied
 from .folder import Folder
 from .goodput import Budget, OutOfTime, Search, measure
 from .greedy import answers, differences
@@ -25,7 +27,8 @@ from .prompts import PromptMaker
 from .report import cells
 from .runs import LoadSpec, perform
 from .search import Settings
-from .servers import Server, probe, running
+from .servers import Server, Unreachable, probe, running
+from .staircases import Flight, Staircases
 
 _WARM_UP_S = 5.0
 
@@ -51,11 +54,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A workload, and either its search or the rates to run."""
+    """A workload, and its search, the rates to run, or the levels of its staircases."""
 
     load: LoadSpec
     settings: Settings | None
     rates: tuple[float, ...] = ()
+    flight: Flight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +75,45 @@ class Comparison:
     accept_divergence: bool = False
     tell: bool = True
     api_key: str | None = None
+    shares: tuple[float, ...] = ()  # of the budget, for each server; none: who comes first has all
 
     def run(self) -> bool:
-        """Does what is left; returns whether nothing is. Raises PdserveError."""
-        try:
-            for number in range(self.rounds):
-                for entry in turned(self.entries, number):
-                    if self._left(entry, number):
-                        self._visit(entry, number)
-        except OutOfTime:
-            return False
-        return True
+        """Does what is left; returns whether nothing is. A server that fails leaves the others
+        their turn. Raises PdserveError."""
+        done = True
+        failed: PdserveError | None = None
+        for number in range(self.rounds):
+            for entry, share in self._visits(number):
+                part = replace(self, budget=self.budget.share(share))
+                try:
+                    part._visit(entry, number)
+                except OutOfTime:
+                    done = False
+                    if not self.shares:
+                        return False
+                except (StartupError, Unreachable, ClientDied) as error:
+                    live.tell(f"{entry.name}: {error}")
+                    failed = failed or error
+        if failed is not None:
+            raise failed
+        return done
+
+    def _visits(self, number: int) -> Iterator[tuple[Entry, float]]:
+        """Who has something left to do, with the share of what is left of the budget."""
+        weights = dict(zip(self.entries, self.shares, strict=True)) if self.shares else {}
+        left = [entry for entry in turned(self.entries, number) if self._left(entry, number)]
+        for index, entry in enumerate(left):
+            rest = sum(weights.get(one, 0.0) for one in left[index:])
+            yield entry, weights[entry] / rest if weights else 1.0
 
     def _left(self, entry: Entry, number: int) -> bool:
-        server = Server(entry.name, "", "", 1, 0, ours=True)
+        told = None if entry.is_url else config.load(Path(entry.where)).model_dump(mode="json")
+        server = Server(entry.name, "", "", 1, 0, ours=True, deployment=told)
         return any(not self._is_done(server, task, number) for task in self.tasks)
 
     def _is_done(self, server: Server, task: Task, number: int) -> bool:
+        if task.flight is not None:
+            return self._staircases(server, number).is_done([task.flight])
         if task.settings is not None:
             return self._search(server, number).following(task.load, task.settings) is None
         return not self._rates_left(server, task, number)
@@ -109,6 +135,8 @@ class Comparison:
         with self._server(entry) as server:
             self._check_answers(server)
             self._warm_up(server)
+            flights = [task.flight for task in self.tasks if task.flight is not None]
+            self._staircases(server, number).run(flights)
             for task in self.tasks:
                 if self._is_done(server, task, number):
                     continue
@@ -130,7 +158,26 @@ class Comparison:
             )
 
     def _search(self, server: Server, number: int) -> Search:
-        return Search(self.folder, server, self.objectives, self.budget, self.api_key, round=number)
+        return Search(
+            self.folder,
+            server,
+            self.objectives,
+            self.budget,
+            self.api_key,
+            round=number,
+            tell=self.tell,
+        )
+
+    def _staircases(self, server: Server, number: int) -> Staircases:
+        return Staircases(
+            self.folder,
+            server,
+            self.objectives,
+            self.budget,
+            self.api_key,
+            round=number,
+            tell=self.tell,
+        )
 
     @contextlib.contextmanager
     def _server(self, entry: Entry) -> Iterator[Server]:

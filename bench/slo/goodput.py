@@ -8,6 +8,7 @@ reach, and then answers for those that are no looser.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -38,9 +39,17 @@ class Budget:
     def of(seconds: float | None) -> Budget:
         return Budget(None if seconds is None else time.monotonic() + seconds)
 
+    @property
+    def left_s(self) -> float:
+        return math.inf if self.until is None else self.until - time.monotonic()
+
+    def share(self, part: float) -> Budget:
+        """That part of what is left."""
+        return self if self.until is None else Budget.of(self.left_s * part)
+
     def require(self, seconds: float) -> None:
         """Raises OutOfTime where so much is not left."""
-        if self.until is not None and time.monotonic() + seconds > self.until:
+        if seconds > self.left_s:
             raise OutOfTime
 
 
@@ -101,7 +110,7 @@ class Search:
             target=target,
             api_key=self.api_key,
             round_number=self.round,
-            told=objectives if self.tell and self.server.ours else None,
+            told=objectives if self.tell and self.server.reads_objectives else None,
         )
 
 

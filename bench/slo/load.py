@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,35 @@ class GiveUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Levels:
+    """Of a staircase: it ends with the first window of which too many have missed, once all its
+    requests are through. Only all clients together can tell, so none stops by itself."""
+
+    objectives: Objectives
+    windows: tuple[tuple[float, float], ...]
+    allowed: tuple[int, ...]  # misses, of each
+
+    def of(self, due: float) -> int | None:
+        for number, (start, end) in enumerate(self.windows):
+            if start <= due < end:
+                return number
+        return None
+
+    def missed(self, counts: Sequence[LevelCount], now: float) -> bool:
+        """``now``: seconds since the start."""
+        return any(
+            now >= end and not count.open and count.missed > allowed
+            for (_, end), allowed, count in zip(self.windows, self.allowed, counts, strict=False)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LevelCount:
+    missed: int = 0
+    open: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Orders:
     """Of one client process. Times are seconds since the start of the run."""
 
@@ -47,6 +77,7 @@ class Orders:
     window: tuple[float, float]
     concurrency: int | None = None  # None: an open loop
     give_up: GiveUp | None = None
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +91,7 @@ class Progress:
     tokens: int = 0
     missed: int = 0  # of the objectives to give up for
     ttfts_ms: tuple[float, ...] = ()  # of the latest
+    levels: tuple[LevelCount, ...] = ()  # of a staircase
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +123,7 @@ class Load:
     _lateness: list[float] = field(default_factory=list)
     _stall: float = 0.0
     _missed: int = 0
+    _level_missed: dict[int, int] = field(default_factory=dict)
     _late: set[int] = field(default_factory=set)  # open ones whose TTFT has passed
     _next: int = 0
     _gave_up: bool = False
@@ -201,6 +234,11 @@ class Load:
         )
 
     def _judge_one(self, key: int, done: Record) -> None:
+        levels = self.orders.levels
+        if levels is not None and not good(done, levels.objectives):
+            level = levels.of(done.due)
+            if level is not None:
+                self._level_missed[level] = self._level_missed.get(level, 0) + 1
         give_up = self.orders.give_up
         if give_up is None or key in self._late:
             return
@@ -256,6 +294,17 @@ class Load:
             + sum(len(one.reading.events) for one in self._open.values()),
             missed=self._missed,
             ttfts_ms=tuple(1e3 * (r.first - r.due) for r in latest if r.first is not None),
+            levels=self._level_counts(),
+        )
+
+    def _level_counts(self) -> tuple[LevelCount, ...]:
+        levels = self.orders.levels
+        if levels is None:
+            return ()
+        running = Counter(levels.of(one.due) for one in self._open.values())
+        return tuple(
+            LevelCount(self._level_missed.get(number, 0), running[number])
+            for number in range(len(levels.windows))
         )
 
     def _health(self) -> ClientHealth:

@@ -25,11 +25,12 @@ td,th{border-color:#333}img{background:#fff}}
 def write(folder: Folder, found: dict[str, Any]) -> None:
     """The PNG files, and report.html."""
     objectives = [Objectives.parse(text) for text in found["objectives"]]
-    target = found["plan"].get("search", {}).get("target", 0.9)
+    plan = found["plan"]
+    target = (plan.get("search") or plan.get("staircase") or {}).get("target", 0.9)
     pictures = plots.draw(folder.runs(), objectives, target)
     paths = plots.save(pictures, folder.path)
     shown = list(zip((picture.title for picture in pictures), paths, strict=True))
-    text = report.markdown(found)
+    text = report.markdown(found, found.get("peer"))
     (folder.path / "report.html").write_text(page(text, shown), encoding="utf-8")
 
 

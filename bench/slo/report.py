@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import details
+from . import details, verdict
 from .folder import Folder
 from .forecasts import forecast_errors
 from .greedy import differences
 from .measures import DEFINITIONS, SLO_SCALES, Objectives, attainment
 from .runs import Run
 from .search import Capacity, Settings, bracket
+from .stairs import Ends, between, ends, following
 
 SCHEMA = "pdserve.bench.report/1"
 DEFAULT_OBJECTIVES = (Objectives(500, 30), Objectives(200, 15), Objectives(200, 10))
@@ -102,7 +103,11 @@ def _cell(cell: Cell, objectives: Sequence[Objectives], plan: dict[str, Any]) ->
         "num_gpus": cell.num_gpus,
         "runs": [_run(run, objectives) for run in cell.runs],
     }
-    if settings is not None:
+    levels = plan.get("levels", {}).get(cell.workload)
+    if levels:
+        target = plan["staircase"]["target"]
+        found["capacity"] = [_interpolated(cell, one, levels, target) for one in objectives]
+    elif settings is not None:
         found["capacity"] = [_capacity(cell, one, settings, settings.target) for one in objectives]
     return found
 
@@ -125,6 +130,46 @@ def _capacity(
         "finished": all(one.finished for one in rounds),
         "rounds": [asdict(one) for one in rounds],
     }
+
+
+def _interpolated(
+    cell: Cell, objectives: Objectives, levels: Sequence[float], target: float
+) -> dict[str, Any]:
+    """Of staircases: the median of the rounds, and each round's two ends with their shares."""
+    rates, finished, rounds = [], [], []
+    for one in cell.rounds:
+        points = cell.points(objectives, one)
+        found = ends(points, target)
+        rates.append(between(points, target) or 0.0)
+        finished.append(bool(points) and not following(points, levels, target, None))
+        rounds.append(asdict(found) | {"shares": _shares(cell, objectives, one, found)})
+    median = statistics.median(rates)
+    words = f"{median:.3g}" if median else f"not met at {min(levels):g}" if all(finished) else "?"
+    return {
+        "objectives": str(objectives),
+        "target": target,
+        "tolerance": None,
+        "rate": median or None,
+        "per_gpu": median / cell.num_gpus if median else None,
+        "words": words,
+        "finished": all(finished),
+        "rounds": rounds,
+    }
+
+
+def _shares(
+    cell: Cell, objectives: Objectives, round_number: int, found: Ends
+) -> dict[str, list[float]]:
+    """Attainment at the two ends, with its interval: value, low, high."""
+    shown = {}
+    for run in cell.runs:
+        if run.round != round_number or run.fault is not None:
+            continue
+        for name, rate in (("met", found.met), ("missed", found.missed)):
+            if rate is not None and rate == run.load.rate and run.attained(objectives) is not None:
+                share = attainment(run.counted(), objectives, 1.0)
+                shown[name] = [share.both, share.low, share.high]
+    return shown
 
 
 def _run(run: Run, objectives: Sequence[Objectives]) -> dict[str, Any]:
@@ -170,11 +215,12 @@ def stage_medians(run: Run) -> dict[str, float]:
     return {stage: statistics.median(values) for stage, values in found.items()}
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: dict[str, Any], peer: dict[str, Any] | None = None) -> str:
     """What a person reads: capacities side by side, then every run, then the definitions."""
     lines = ["# Benchmark report", ""]
     lines += _greedy_lines(report["greedy"])
     lines += _capacity_lines(report)
+    lines += verdict.lines(report, peer)
     lines += _run_lines(report)
     lines += details.lines(report)
     lines += ["## Definitions", "", "| measure | formula | note |", "|---|---|---|"]
@@ -205,7 +251,7 @@ def _capacity_lines(report: dict[str, Any]) -> list[str]:
         f"## Capacity@{100 * first['target']:.0f}, requests/s per GPU",
         "",
         f"The highest rate at which {100 * first['target']:.0f}% of all requests meet both "
-        f"objectives, to {100 * first['tolerance']:.0f}%. Per GPU (or worker, on CPUs): "
+        f"objectives, {_exactness(first)}. Per GPU (or worker, on CPUs): "
         + ", ".join(f"{cell['server']} on {cell['num_gpus']}" for cell in _firsts(found))
         + ".",
         "",
@@ -216,7 +262,39 @@ def _capacity_lines(report: dict[str, Any]) -> list[str]:
         for index, objectives in enumerate(report["objectives"]):
             row = [_capacity_words(by_key.get((s, workload)), index) for s in servers]
             lines.append(f"| {workload} | {objectives} | {' | '.join(row)} |")
+    return [*lines, "", *_end_lines(found)]
+
+
+def _exactness(capacity: dict[str, Any]) -> str:
+    if capacity["tolerance"] is not None:
+        return f"to {100 * capacity['tolerance']:.0f}%"
+    return "interpolated between the level that met and the next, which missed"
+
+
+def _end_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Of staircases: what was measured at the levels that the answer lies between."""
+    if found[0]["capacity"][0]["tolerance"] is not None:
+        return []
+    lines = [
+        "Measured, rates of all GPUs together, Wilson's 95% intervals in brackets:",
+        "",
+        "| workload | TTFT/TPOT ms | server | met at | missed at |",
+        "|---|---|---|---|---|",
+    ]
+    for cell in found:
+        for capacity in cell["capacity"]:
+            for one in capacity["rounds"]:
+                sides = [_end(one[name], one["shares"].get(name)) for name in ("met", "missed")]
+                names = f"{cell['workload']} | {capacity['objectives']} | {cell['server']}"
+                lines.append(f"| {names} | {' | '.join(sides)} |")
     return [*lines, ""]
+
+
+def _end(rate: float | None, share: Sequence[float] | None) -> str:
+    if rate is None or share is None:
+        return "-"
+    value, low, high = (100 * one for one in share)
+    return f"{rate:.3g}: {value:.0f}% ({low:.0f} to {high:.0f})"
 
 
 def _firsts(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -302,9 +380,10 @@ def _failure_lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def write(folder: Folder) -> dict[str, Any]:
-    """report.json and report.md; returns the report."""
+def write(folder: Folder, peer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """report.json and report.md; returns the report. ``peer``: see verdict.py."""
     report = build(folder)
+    report |= {"ratios": verdict.ratios(report), "peer": peer}
     (folder.path / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder.path / "report.md").write_text(markdown(report))
+    (folder.path / "report.md").write_text(markdown(report, peer))
     return report

@@ -11,18 +11,19 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError
 from . import arrivals, workloads
 from .clients import run_clients
-from .load import GiveUp, Orders, Progress
+from .load import GiveUp, Levels, Orders, Progress
 from .measures import Objectives, Summary, attainment, summarize
 from .prompts import PromptKind, PromptMaker
-from .records import ClientHealth, Record
+from .records import Cause, ClientHealth, Record
 from .servers import Server
+from .stairs import Step, slot
 from .stream import Target
 from .workloads import Session, Workload
 
@@ -51,6 +52,7 @@ class LoadSpec:
     max_requests: int = 4000  # of a closed loop
     ignore_eos: bool = True
     temperature: float = 0.0
+    stairs: tuple[float, ...] = ()  # the run held these rates in turn; ``rate`` is one of them
 
     def check(self) -> None:
         """Raises ConfigError where the options can't go together."""
@@ -160,7 +162,13 @@ class Run:
             gave_up, client = data["gave_up"], data["client"]
             return Run(
                 server=Server(**data["server"]),
-                load=LoadSpec(**load | {"prompts": PromptKind(load["prompts"])}),
+                load=LoadSpec(
+                    **load
+                    | {
+                        "prompts": PromptKind(load["prompts"]),
+                        "stairs": tuple(load.get("stairs", ())),
+                    }
+                ),
                 window=(data["window"][0], data["window"][1]),
                 records=tuple(Record.of_json(one) for one in data["records"]),
                 health=ClientHealth(client["lateness_ms"], client["stall_ms"]),
@@ -193,15 +201,7 @@ def perform(
             len(one.asks) for one in sessions if window[0] <= one.at < window[1]
         )  # later turns may fall out of the window: then it stops a little late
         give_up = GiveUp(objectives, math.floor((1 - target) * counted + 1e-9))
-    target_of = Target(
-        server.url,
-        server.model,
-        api_key,
-        load.timeout_s,
-        temperature=load.temperature,
-        ignore_eos=load.ignore_eos,
-        slo=None if told is None else (told.ttft_ms, told.tpot_ms),
-    )
+    target_of = _target(server, load, api_key, told)
     orders = Orders(target_of, tuple(enumerate(sessions)), window, load.concurrency, give_up)
     limit = load.duration_s + load.timeout_s + _DRAIN_S
     outcome = run_clients(orders, load.clients, watch, limit)
@@ -218,4 +218,80 @@ def perform(
         created=time.time(),
         round=round_number,
         told=told,
+    )
+
+
+def climb(
+    server: Server,
+    load: LoadSpec,
+    stairs: Sequence[Step],
+    *,
+    objectives: Objectives,
+    target: float,
+    api_key: str | None = None,
+    round_number: int = 0,
+    told: Objectives | None = None,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> list[Run]:
+    """A staircase, as one run for each level, up to the first that misses ``objectives``. A
+    level's records are those of all that was under way in it."""
+    rates = tuple(step.rate for step in stairs)
+    sessions: list[Session] = []
+    allowed = []
+    for step in stairs:
+        part = replace(
+            load,
+            rate=step.rate,
+            duration_s=step.length_s,
+            seed=load.seed * 1_000_000 + slot(step.rate),
+        )
+        drawn = [replace(one, at=one.at + step.start) for one in part.sessions(server.max_context)]
+        counted = sum(len(one.asks) for one in drawn if step.judged <= one.at < step.end)
+        allowed.append(math.floor((1 - target) * counted + 1e-9))
+        sessions += drawn
+    end = stairs[-1].end
+    orders = Orders(
+        _target(server, load, api_key, told),
+        tuple(enumerate(sessions)),
+        (0.0, end),
+        levels=Levels(objectives, tuple(step.window for step in stairs), tuple(allowed)),
+    )
+    outcome = run_clients(orders, load.clients, watch, end + load.timeout_s + _DRAIN_S)
+    made: list[Run] = []
+    for number, step in enumerate(stairs):
+        records = tuple(r for r in outcome.records if r.due < step.end and r.ended >= step.start)
+        run = Run(
+            server=server,
+            load=replace(
+                load,
+                rate=step.rate,
+                duration_s=step.end,
+                warmup_s=step.judged,
+                stairs=rates,
+            ),
+            window=step.window,
+            records=records,
+            health=outcome.health,
+            gave_up=None,
+            created=time.time() + number / 1e3,
+            round=round_number,
+            told=told,
+        )
+        if not run.counted() or any(r.failure is Cause.GIVEN_UP for r in run.counted()):
+            break  # it was not held to its end
+        made.append(run)
+        if attainment(run.counted(), objectives, 1.0).both < target:
+            break  # what is above it had its backlog
+    return made
+
+
+def _target(server: Server, load: LoadSpec, api_key: str | None, told: Objectives | None) -> Target:
+    return Target(
+        server.url,
+        server.model,
+        api_key,
+        load.timeout_s,
+        temperature=load.temperature,
+        ignore_eos=load.ignore_eos,
+        slo=None if told is None else (told.ttft_ms, told.tpot_ms),
     )

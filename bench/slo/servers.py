@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...core import config
+from ...core.config import Policy
 from ...core.errors import ConfigError, PdserveError, StartupError
 
 _TIMEOUT_S = 10.0
@@ -41,6 +42,13 @@ class Server:
     max_context: int  # 0: it does not say
     ours: bool
     deployment: dict[str, Any] | None = None
+
+    @property
+    def reads_objectives(self) -> bool:
+        """Its router decides by what a request says that it should meet. A policy that is
+        fixed does not, and so all of its runs serve any objectives."""
+        policy = Policy.ADAPTIVE if self.deployment is None else self.deployment["router"]["policy"]
+        return self.ours and policy == Policy.ADAPTIVE
 
 
 def get_json(url: str, path: str, timeout_s: float = _TIMEOUT_S) -> tuple[int, Any]:
