@@ -144,7 +144,7 @@ def _collect(
 def _receive(client: _Client) -> object:
     try:
         return client.pipe.recv()
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):  # the latter where it ended within a message
         code = client.process.wait()
         raise ClientDied(f"a client process ended ({code}); see the lines above") from None
 
@@ -194,6 +194,8 @@ def main(descriptor: int, parent: int) -> None:
 
     async def run() -> Outcome:
         asyncio.get_running_loop().add_reader(descriptor, stop)  # all that is ever said: stop
+        # uvloop made it non-blocking, and an outcome is larger than what the pipe takes at once.
+        os.set_blocking(descriptor, True)
         return await load.run(start)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,13 @@ def test_clients_give_up_by_what_they_missed_together(url: str) -> None:
     orders = Orders(Target(url, "known"), sessions, (0.0, 20.0), give_up=give_up)
     outcome = run_clients(orders, 2, lambda progress: None, limit_s=60.0)
     assert outcome.gave_up and 15 < len(outcome.records) < 900
+
+
+def test_an_outcome_may_be_larger_than_the_pipe_to_its_parent(url: str) -> None:
+    sessions = tuple((i, Session(0.0, (Ask((1, 2), 600),))) for i in range(100))
+    orders = Orders(Target(url, "known"), sessions, (0.0, 1.0))
+    outcome = run_clients(orders, 1, lambda progress: time.sleep(0.05), limit_s=60.0)
+    assert [record.num_output for record in outcome.records] == [600] * 100
 
 
 def test_a_report_holds_definitions_and_pictures(tmp_path: Path) -> None:
