@@ -1,5 +1,8 @@
 """`make chaos`: a real deployment under mixed traffic, broken on purpose for some minutes.
 
+Twice over: most of the time workers that a supervisor keeps, on this host; then for a while
+workers with a host each, whose network is cut.
+
     up        start, ask everything once and keep the answers, note what processes take
     broken    clients ask without a pause; one fault after the other, and after each the wait
               until all is whole again
@@ -19,7 +22,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,15 +30,18 @@ from typing import Any
 import aiohttp
 import judge
 import report
+from apart import NoHosts, apart, hosts, on_front
+from deployed import Deployed
 from footprint import Footprint
 from judge import Blow, Seen
-from plan import DEADLY, Kind, Strike, strikes
+from plan import APART, DEADLY, Kind, Strike, strikes
 from smollm2 import LIMIT_S, record, smollm2_cases
 from strike import impossible, inflict
 from traffic import Case, Outcome, Told, ask
-from world import World, world
+from world import world
 
 _REST_AFTER_ERROR_S = 1.0
+_SHARE_APART = 0.2  # of the time
 _GROWN_BY = 12  # threads or descriptors: a pool of threads may fill, a connection may linger
 
 
@@ -57,10 +63,9 @@ class Notes:
     blows: list[Blow] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def add(self, case: Case, told: Told, began: float) -> None:
+    def add(self, case: Case, told: Told, began: float, ended: float) -> None:
         text = f"{told.why}: {told.text!r}, not {case.expected!r}"
         why = text if told.outcome is Outcome.WRONG else told.why
-        ended = time.monotonic()
         self.seen.append(Seen(case.kind, began, ended, told.outcome, why, told.gap_s))
 
 
@@ -70,20 +75,44 @@ def say(text: str) -> None:
 
 def run(options: Options) -> dict[str, Any]:
     notes = Notes()
-    with world(notes.faults) as made:
-        skipped = impossible(made)
-        asyncio.run(_broken(made, options, skipped, notes))
+    skipped: dict[Kind, str] = {}
+    cases = smollm2_cases(options.seed)
+    far = [kind for kind in options.kinds if kind in APART]
+    near = [kind for kind in options.kinds if kind not in APART]
+    share = _SHARE_APART if near and far else 1.0 if far else 0.0
+    if near:
+        with world(notes.faults) as made:
+            skipped |= impossible(made)
+            kinds = tuple(kind for kind in near if kind not in skipped)
+            minutes = options.minutes * (1.0 - share)
+            some = replace(options, kinds=kinds, minutes=minutes)
+            asyncio.run(_broken(made, cases, some, notes))
+    if far:
+        try:
+            some = replace(options, kinds=tuple(far), minutes=options.minutes * share)
+            _break_apart(cases, some, notes)
+        except NoHosts as error:
+            skipped |= dict.fromkeys(far, str(error))
     notes.faults += judge.faults(notes.seen, notes.blows)
     return report.of(options.seed, notes.seen, notes.blows, notes.faults, skipped)
 
 
-async def _broken(made: World, options: Options, skipped: dict[Kind, str], notes: Notes) -> None:
-    cases = smollm2_cases(options.seed)
+def _break_apart(cases: Sequence[Case], options: Options, notes: Notes) -> None:
+    def job() -> None:
+        with apart(net, notes.faults) as made:
+            asyncio.run(_broken(made, cases, options, notes))
+
+    with hosts() as net:
+        on_front(net, job)
+
+
+async def _broken(made: Deployed, cases: Sequence[Case], options: Options, notes: Notes) -> None:
     url = made.server.url
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None),
     ) as session:
+        await made.whole()
         say("up; asking everything once, undisturbed")
         await record(session, url, cases)
         await made.rest()
@@ -94,37 +123,39 @@ async def _broken(made: World, options: Options, skipped: dict[Kind, str], notes
             for number in range(options.clients)
         ]
         try:
-            await _strike(made, options, skipped, notes)
+            await _strike(made, options, notes)
         finally:
             stop.set()
             done = await asyncio.gather(*clients, return_exceptions=True)
         notes.faults += [f"a client broke: {one!r}" for one in done if one is not None]
         say("over; asking everything once more")
-        for case in cases:
-            began = time.monotonic()
-            notes.add(case, await ask(session, url, case, LIMIT_S), began)
+        for told in await asyncio.gather(*(_seen(session, url, case) for case in cases)):
+            notes.add(*told)
     await made.rest()
     notes.faults += grown(before, made.footprints())
 
 
-async def _strike(made: World, options: Options, skipped: dict[Kind, str], notes: Notes) -> None:
-    kinds = [kind for kind in options.kinds if kind not in skipped]
+async def _strike(made: Deployed, options: Options, notes: Notes) -> None:
     end = time.monotonic() + 60 * options.minutes
     deaths = 0
-    for strike in islice(strikes(options.seed, kinds), options.strikes):
+    for strike in islice(strikes(options.seed, options.kinds), options.strikes):
         await asyncio.sleep(strike.quiet_s)
         if time.monotonic() > end or (options.deaths is not None and deaths >= options.deaths):
             return
-        notes.blows.append(await _blow(made, strike))
+        notes.blows.append(await _blow(made, strike, notes))
         deaths += len(strike.victims) if strike.kind in DEADLY else 0
 
 
-async def _blow(made: World, strike: Strike) -> Blow:
+async def _blow(made: Deployed, strike: Strike, notes: Notes) -> Blow:
+    pids = made.pids()
     began = time.monotonic()
     await inflict(made, strike)
     lifted = time.monotonic()
     whole = await made.whole()
     made.footprints()  # of the new lives, for what they might leave behind
+    anew = {name for name, pid in made.pids().items() if pid != pids.get(name)}
+    if others := anew - set(strike.victims):
+        notes.faults.append(f"{strike}: {', '.join(sorted(others))} had to be started again, too")
     say(f"{strike}; whole again after {whole - lifted:.1f} s")
     return Blow(strike, began, lifted, whole)
 
@@ -140,12 +171,18 @@ async def _client(
 ) -> None:
     rng = random.Random(f"{seed} {number}")
     while not stop.is_set():
-        case = rng.choice(cases)
-        began = time.monotonic()
-        told = await ask(session, url, case, LIMIT_S)
-        notes.add(case, told, began)
+        case, told, began, ended = await _seen(session, url, rng.choice(cases))
+        notes.add(case, told, began, ended)
         if told.outcome in (Outcome.ERROR, Outcome.CUT):
             await asyncio.sleep(_REST_AFTER_ERROR_S)
+
+
+async def _seen(
+    session: aiohttp.ClientSession, url: str, case: Case
+) -> tuple[Case, Told, float, float]:
+    began = time.monotonic()
+    told = await ask(session, url, case, LIMIT_S)
+    return case, told, began, time.monotonic()
 
 
 def grown(before: dict[int, Footprint], after: dict[int, Footprint]) -> list[str]:

@@ -13,6 +13,8 @@ from enum import StrEnum
 
 ROUTER = "router"
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+FRONT = "front"  # the router's host, where there are several
+HOSTS = (FRONT, "prefill", "decode")
 
 
 class Kind(StrEnum):
@@ -28,6 +30,7 @@ class Kind(StrEnum):
     ROUTER_TERM = "router-term"
     ROUTER_STOP = "router-stop"
     DISK = "disk"
+    CUT = "cut"
 
 
 ABOUT = {
@@ -43,7 +46,9 @@ ABOUT = {
     Kind.ROUTER_TERM: "SIGTERM to the router; the supervisor starts it again",
     Kind.ROUTER_STOP: "the router stands still for 2 to 9 s",
     Kind.DISK: "no room in the run folder, and a worker and the router killed meanwhile",
+    Kind.CUT: "every packet between two of three hosts lost for 1 to 12 s",
 }
+APART = {Kind.CUT}  # done to another deployment: on hosts of its own
 DEADLY = {Kind.KILL, Kind.KILL_PAIR, Kind.KILL_ALL}
 _LASTS_S = {
     Kind.STOP_SHORT: (0.5, 3.0),
@@ -52,6 +57,7 @@ _LASTS_S = {
     Kind.ROLES: (1.0, 4.0),
     Kind.CLOCK: (1.0, 4.0),
     Kind.DISK: (2.0, 6.0),
+    Kind.CUT: (1.0, 12.0),
 }
 _QUIET_S = (0.5, 4.0)
 
@@ -96,5 +102,8 @@ def _victims(kind: Kind, rng: random.Random) -> tuple[str, ...]:
             return (ROUTER,)
         case Kind.DISK:
             return rng.choice(WORKERS), ROUTER
+        case Kind.CUT:
+            one, other = rng.sample(HOSTS, 2)
+            return one, other
         case _:
             return (rng.choice(WORKERS),)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 
+from apart import Apart
+from deployed import Deployed
 from plan import Kind, Strike
 from world import World
 
@@ -22,8 +24,21 @@ def impossible(world: World) -> dict[Kind, str]:
     return found
 
 
-async def inflict(world: World, strike: Strike) -> None:
+async def inflict(made: Deployed, strike: Strike) -> None:
     """Returns when the harm has been taken back."""
+    if isinstance(made, Apart):
+        assert strike.kind is Kind.CUT
+        made.net.cut(*strike.victims)
+        try:
+            await asyncio.sleep(strike.lasts_s)
+        finally:
+            made.net.heal(*strike.victims)
+        return
+    assert isinstance(made, World)
+    await _inflict(made, strike)
+
+
+async def _inflict(world: World, strike: Strike) -> None:
     match strike.kind:
         case Kind.KILL | Kind.KILL_PAIR | Kind.KILL_ALL | Kind.ROUTER_KILL:
             world.signal(signal.SIGKILL, *strike.victims)

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 from judge import Blow, Seen, fault
-from plan import ROUTER, WORKERS, Kind, Strike, strikes
+from plan import HOSTS, ROUTER, WORKERS, Kind, Strike, strikes
 from traffic import Outcome
 
 
@@ -47,6 +47,13 @@ def test_a_request_may_be_given_up_at_its_third_death_and_no_sooner() -> None:
     assert fault(lost, [pair]) is not None
     assert fault(lost, [one, pair]) is None
     assert fault(seen(Outcome.ERROR, "workers_lost"), [blow(Kind.KILL_ALL, *WORKERS)]) is None
+    pair_cut, router_cut = blow(Kind.CUT, "prefill", "decode"), blow(Kind.CUT, "front", "decode")
+    assert fault(lost, [pair_cut]) is not None
+    assert fault(lost, [pair_cut, router_cut]) is None
+
+
+def test_a_cut_takes_no_connection_of_a_client_with_it() -> None:
+    assert fault(seen(Outcome.CUT), [blow(Kind.CUT, "front", "decode")]) is not None
 
 
 @pytest.mark.parametrize("code", ["internal_error", "timeout", "queue_full", "no_workers", "None"])
@@ -69,4 +76,4 @@ def test_a_seed_is_a_plan_and_a_round_has_each_kind_once() -> None:
     for start in range(0, len(plan), len(kinds)):
         assert {strike.kind for strike in plan[start : start + len(kinds)]} == set(kinds)
     assert [strike.number for strike in plan] == list(range(len(plan)))
-    assert all(set(strike.victims) <= {*WORKERS, ROUTER} for strike in plan)
+    assert all(set(strike.victims) <= {*WORKERS, *HOSTS, ROUTER} for strike in plan)

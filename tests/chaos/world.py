@@ -18,18 +18,15 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from footprint import Footprint, children, processes_of, shared_files
+from deployed import REST_S, WHOLE_S, Deployed, files
+from footprint import children, processes_of
 from plan import ROUTER, WORKERS
 from served import STOP_LIMIT_S, Server, command, environment, ready_url, start
 
-WHOLE_S = 400.0  # for all to be well again; a worker loads its weights anew on a busy machine
-REST_S = 300.0
-_POLL_S = 0.2
 _FIRST_ROLES = {"prefill": 2, "decode": 2}
 
 DEPLOYMENT = """
@@ -44,17 +41,13 @@ faults: {kv: {drop: 0.02, duplicate: 0.05, delay: 0.05, delay_ms: 500}}  # all t
 
 
 @dataclass
-class World:
-    server: Server
-    folder: Path
+class World(Deployed):
     disk: Path | None  # a small file system with the run folder, where there is one
     skew: mmap.mmap | None  # seconds that wall clocks are wrong by
     roles: Mapping[str, int] = field(default_factory=lambda: dict(_FIRST_ROLES))
-    shared: set[Path] = field(default_factory=set)  # every file in /dev/shm that was used
     killed: set[int] = field(default_factory=set)  # for a moment they still look alive
 
     def pids(self) -> dict[str, int]:
-        """The processes that run, by name, as the system knows them."""
         found = {}
         for pid in children(self.server.process.pid):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -96,8 +89,15 @@ class World:
             shutil.rmtree(ballast)
 
     async def scale(self, roles: Mapping[str, int]) -> str | None:
-        """With the command; what it says where it can't."""
+        """With the command, which is tried again where it is too early for it: what it says where
+        it can't."""
         self.roles = roles
+        end = time.monotonic() + WHOLE_S
+        while (words := await self._scale(roles)) is not None and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(1.0)
+        return words
+
+    async def _scale(self, roles: Mapping[str, int]) -> str | None:
         options = [word for role, count in roles.items() for word in (f"--{role}", str(count))]
         process = await asyncio.create_subprocess_exec(
             *command("scale", self.server.url, *options),
@@ -116,19 +116,6 @@ class World:
             f"{names} have ended", lambda: not set(pids) & set(self.pids().values()), REST_S
         )
 
-    async def whole(self) -> float:
-        """Waits until every worker is there, in its role, and known to the router; when it was."""
-        return await self._until("all is well again", self._is_whole, WHOLE_S)
-
-    async def rest(self) -> None:
-        """No request is in the house, and no block is held."""
-        await self._until("at rest", self._is_at_rest, REST_S)
-
-    def footprints(self) -> dict[int, Footprint]:
-        pids = [self.server.process.pid, *self.pids().values()]
-        self.shared |= shared_files(pids)
-        return {pid: Footprint.of(pid) for pid in pids}
-
     def _is_whole(self) -> bool:
         pids = self.pids()
         workers = self.server.workers()
@@ -144,30 +131,6 @@ class World:
             )
             and counts == dict(self.roles)
         )
-
-    def _is_at_rest(self) -> bool:
-        live = self.server.get("/live")
-        held = self.server.held()
-        return not any(live["stages"].values()) and all(
-            worker["waiting"] == worker["running"] == held[worker["id"]] == 0
-            for worker in live["workers"]
-        )
-
-    async def _until(self, what: str, holds: Callable[[], bool], limit_s: float) -> float:
-        end = time.monotonic() + limit_s
-        while True:
-            assert self.server.process.poll() is None, "the deployment has ended by itself"
-            with contextlib.suppress(OSError, ValueError):  # the router may be away
-                if await asyncio.to_thread(holds):
-                    return time.monotonic()
-            assert time.monotonic() < end, f"not within {limit_s:.0f} s: {what}; {self._state()}"
-            await asyncio.sleep(_POLL_S)
-
-    def _state(self) -> Any:
-        try:
-            return self.server.get("/live")
-        except OSError as error:
-            return f"{error}, processes {self.pids()}"
 
 
 @contextlib.contextmanager
@@ -198,13 +161,9 @@ def world(left: list[str]) -> Iterator[World]:
             assert process.stdout is not None
             process.stdout.close()
             left += [f"left running: {line}" for line in processes_of(folder)]
-            left += [f"left in the run folder: {path}" for path in _files(folder / "run")]
+            left += [f"left in the run folder: {path}" for path in files(folder / "run")]
             if made is not None:
                 left += [f"left in /dev/shm: {path}" for path in made.shared if path.exists()]
-
-
-def _files(base: Path) -> list[Path]:
-    return [path for path in base.rglob("*") if path.name not in ("pdserve", ".lock")]
 
 
 @contextlib.contextmanager
