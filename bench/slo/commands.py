@@ -24,7 +24,7 @@ from .staircases import Flight
 from .verdict import read_peer
 
 _URL = "http://127.0.0.1:8000"
-_OF_A_CALL = ("servers", "out", "resume", "budget", "shares")  # and not of the plan
+_OF_A_CALL = ("servers", "out", "resume", "budget", "shares", "no_report")  # and not of the plan
 _EXAMPLES = {
     "serve": """examples:
   pdserve bench serve --workload chat --rate 4
@@ -135,6 +135,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,..",
         help="of the budget for each server; default: the first ones take what they need",
     )
+    parser.add_argument("--no-report", action="store_true", help="only keep the runs, for report")
     parser.add_argument("--rounds", type=int, default=1, help="each visits every server once")
     parser.add_argument("--gpus", type=int, metavar="N", help="of each; default: its workers")
     parser.add_argument("--start-limit", type=float, default=300.0, metavar="S")
@@ -257,7 +258,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         _compare_options(parser)
         given = arguments
         arguments = parser.parse_args(command)
-        arguments.budget, arguments.shares = given.budget, given.shares
+        for name in ("budget", "shares", "no_report"):
+            setattr(arguments, name, getattr(given, name))
     else:
         folder = _folder(arguments.out)
     if not arguments.servers or not arguments.workload:
@@ -289,7 +291,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     try:
         done = comparison.run()
     finally:
-        _finish(folder)
+        if not arguments.no_report:
+            _finish(folder)
     return _said(done, folder)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .runs import Run
 @dataclass(frozen=True, slots=True)
 class Folder:
     path: Path
+    _read: dict[str, Run] = field(default_factory=dict, compare=False, repr=False)  # by file
 
     @staticmethod
     def make(path: Path) -> Folder:
@@ -38,8 +39,10 @@ class Folder:
 
     def runs(self) -> list[Run]:
         """In the order in which they were made."""
-        found = [Run.read(file) for file in sorted((self.path / "runs").glob("*.json.gz"))]
-        return sorted(found, key=lambda run: run.created)
+        for file in (self.path / "runs").glob("*.json.gz"):
+            if file.name not in self._read:
+                self._read[file.name] = Run.read(file)
+        return sorted(self._read.values(), key=lambda run: run.created)
 
     def keep(self, run: Run) -> Path:
         load = run.load
