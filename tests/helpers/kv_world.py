@@ -104,7 +104,7 @@ class World:
         self.knows_p = False  # D's rim has accepted a Connect: there is a way to and fro
         self._answers = handshake(D, ADDRESS.token, media=_MEDIA)
         self.num_stale = 0  # pulls that the generations showed to be worth nothing
-        self.num_pulls = 0
+        self.num_pulls = self.num_writes = 0
         self._agenda: list[tuple[float, int, Callable[[], object]]] = []
         self._num_events = 0
         self._tick()
@@ -222,6 +222,7 @@ class World:
                     delay = self.random.uniform(0, self.faults.max_rim_delay)
                     self.later(delay, lambda effect=effect: self._send_chunk(effect))  # type: ignore[misc]
                 case Write():
+                    self.num_writes += 1
                     self.writing.update(effect.blocks)
                     delay = self.random.uniform(0, self.faults.max_rim_delay)
                     self.later(delay, lambda effect=effect: self._write(effect))  # type: ignore[misc]
