@@ -48,11 +48,14 @@ class BlockPool:
         """``count`` blocks with one reference each, or None and nothing changed."""
         if count > self.num_available:
             return None
-        blocks = []
-        for _ in range(count):
-            block = self._free.pop() if self._free else self._evict()
-            self._references[block] = 1
-            blocks.append(block)
+        num_free = min(count, len(self._free))
+        blocks = self._free[len(self._free) - num_free :]
+        blocks.reverse()
+        del self._free[len(self._free) - num_free :]
+        blocks += [self._evict() for _ in range(count - num_free)]
+        references = self._references
+        for block in blocks:
+            references[block] = 1
         if self._generations is not None:
             self._generations.bump(blocks)
         return blocks
@@ -70,11 +73,13 @@ class BlockPool:
         A block's content is useless without those before it, so the last ones are the
         first to be evicted.
         """
+        references, hashes = self._references, self._hashes
         for block in reversed(blocks):
-            assert self._references[block] > 0, f"block {block} released more often than taken"
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                if self._hashes[block] is None:
+            left = references[block] - 1
+            assert left >= 0, f"block {block} released more often than taken"
+            references[block] = left
+            if left == 0:
+                if hashes[block] is None:
                     self._free.append(block)
                 else:
                     self._cached[block] = None

@@ -11,7 +11,7 @@ Weights are read once a step, whatever the step holds: see ``StepCost``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated
 
@@ -207,7 +207,7 @@ class Calibration:
         before = self
         if self.forecast_ms <= 0:
             start = forecast_ms * self.memory / 4
-            before = replace(self, forecast_ms=start, taken_ms=start)
+            before = Calibration(self.memory, start, start)
         keep = (1.0 - 1.0 / self.memory) ** steps
         new = (1.0 - keep) * self.memory  # the sum of what is left of each of them
         return Calibration(
@@ -240,9 +240,11 @@ class CalibratedCost:
         ``measured``."""
         batch_ms = self.measured.decode.ms(batch, kv_tokens)
         if chunk_ms <= 0:
-            return replace(self, decode=self.decode.observed(batch_ms, taken_ms, steps))
+            decode = self.decode.observed(batch_ms, taken_ms, steps)
+            return CalibratedCost(self.measured, self.prefill, decode)
         chunk_ms = self.measured.ms(batch, kv_tokens, chunk_ms) - batch_ms
         left_ms = taken_ms - batch_ms * self.decode.factor
         if chunk_ms < batch_ms / 2 or left_ms <= 0:
             return self
-        return replace(self, prefill=self.prefill.observed(chunk_ms, left_ms, steps))
+        prefill = self.prefill.observed(chunk_ms, left_ms, steps)
+        return CalibratedCost(self.measured, prefill, self.decode)

@@ -103,21 +103,30 @@ class PrefillPhase:
     def remove(self, attempt: Attempt) -> Prompt:
         """Takes a prompt out in any state; what becomes of its blocks is the caller's affair."""
         prompt = self._prompts.pop(attempt)
+        queue = self._queue_of(prompt)
+        if queue is not None:
+            queue.remove(prompt)
+        return prompt
+
+    def _queue_of(self, prompt: Prompt) -> list[Prompt] | None:
         match prompt.state:
             case PromptState.WAITING:
-                self._waiting.remove(prompt)
+                return self._waiting
             case PromptState.COMPUTING:
-                self._computing.remove(prompt)
+                return self._computing
             case PromptState.HOLDING:
-                pass
-        return prompt
+                return None
 
     def grant(self, attempt: Attempt, now: float) -> None:
         """The peer has made room: the prompt goes before those that wait for theirs."""
         prompt = self._prompts[attempt]
+        queue = self._queue_of(prompt)
+        if queue is None:
+            prompt.granted_at = now
+            return
+        queue.remove(prompt)
         prompt.granted_at = now
-        self._waiting.sort(key=_order)
-        self._computing.sort(key=_order)
+        bisect.insort(queue, prompt, key=_order)
 
     def demote(self, now: float, seconds: Callable[[Prompt], float]) -> None:
         """Those that can't make their deadline even if they were computed at once, which takes
@@ -171,7 +180,8 @@ class PrefillPhase:
         chunks: list[Chunk] = []
         dropped: list[Prompt] = []
         candidates = self._computing + self._waiting[: max(0, max_starts)]
-        candidates.sort(key=_order)
+        if self._computing and self._waiting:
+            candidates.sort(key=_order)
         memory_left = True
         for prompt in candidates:
             if max_tokens <= 0:

@@ -62,22 +62,23 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
             assert view.cost is not None
             work[place] = view.cost.prefill.work_ms(left, n - left)
     limit = MARGIN * np.minimum(c.tpot_ms, wish.objectives.tpot_ms)
-    beside = np.where(c.batch > 0, c.per_sequence * c.batch + c.per_kv * c.kv, 0.0)
+    decodes = c.batch > 0
+    beside = np.where(decodes, c.per_sequence * c.batch + c.per_kv * c.kv, 0.0)
     chunk = c.per_token * c.chunk_tokens
     # under the read of the weights there is room even where the batch is over its objective
     room = np.maximum(limit - beside, c.decode_base) - c.prefill_base
-    chunk = np.where(c.batch > 0, np.minimum(chunk, np.maximum(room, 0.0)), chunk)
+    chunk = np.where(decodes, np.minimum(chunk, np.maximum(room, 0.0)), chunk)
     rate = np.maximum(chunk / (chunk + c.prefill_base + beside + 1e-9), _LEAST_RATE)
     done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * rate))
     # what has left the queue is in the step that is on, else half a step of decode is still to go
     begun = (c.head_ms - done) / rate
-    half = np.where((c.batch > 0) & (c.head_ms == 0.0), (beside + c.decode_base) * 0.5, 0.0)
+    half = np.where(decodes & (c.head_ms == 0.0), (beside + c.decode_base) * 0.5, 0.0)
     ahead = c.prefill_ms - c.head_ms + work
     own = np.maximum(ahead / rate, np.maximum(ahead + c.prefill_base + beside, c.decode_base))
     ttft = wish.waited_ms + half + begun + own
     batch = c.batch + 1.0
-    tpot = c.decode_base + c.per_sequence * batch + c.per_kv * (c.kv + (n + wish.growth))
     kv = c.kv + (n + wish.growth)
+    tpot = c.decode_base + c.per_sequence * batch + c.per_kv * kv
     over = np.maximum(batch / c.max_batch, kv / (_FULL * c.capacity)) - 1.0
     place_ms = np.maximum(0.0, over) * tpot * wish.answer_tokens
     return Forecasts(work, ttft, tpot, place_ms, limit)

@@ -97,14 +97,21 @@ class Row:
 def colocated(gpus: int, spec: WorkerSpec, chunk: int, admission: Admission) -> Fleet:
     spec = replace(spec, paced=False, demote=admission is Admission.SLO, chunk_tokens=chunk)
     roles = (Role.MIXED,) * gpus
-    return Fleet(f"colocated, chunk {chunk}", roles, Policy.COLOCATED, admission, spec, False)
+    return _static(f"colocated, chunk {chunk}", roles, Policy.COLOCATED, admission, spec)
 
 
 def split(prefill: int, decode: int, spec: WorkerSpec, admission: Admission) -> Fleet:
     spec = replace(spec, paced=False, demote=admission is Admission.SLO)
     roles = (Role.PREFILL,) * prefill + (Role.DECODE,) * decode
-    name = f"split {prefill}:{decode}"
-    return Fleet(name, roles, Policy.DISAGGREGATED, admission, spec, False)
+    return _static(f"split {prefill}:{decode}", roles, Policy.DISAGGREGATED, admission, spec)
+
+
+def _static(
+    name: str, roles: tuple[Role, ...], policy: Policy, admission: Admission, spec: WorkerSpec
+) -> Fleet:
+    """Who lets everybody in needs no forecast."""
+    forecasts = admission is Admission.SLO
+    return Fleet(name, roles, policy, admission, spec, prefix_aware=False, forecasts=forecasts)
 
 
 def adaptive(gpus: int, spec: WorkerSpec, *, planned: bool = True) -> Fleet:

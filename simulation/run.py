@@ -27,6 +27,7 @@ class Fleet:
     spec: WorkerSpec
     prefix_aware: bool = True
     planned: bool = False  # the planner moves workers between roles
+    forecasts: bool = True  # False where nobody needs any: they are half of a decision's time
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,12 @@ def simulate(
 ) -> Outcome:
     """``give_up_below``: ends as soon as the attainment can't reach that any more."""
     events = _Events()
-    router = VirtualRouter(fleet.policy, fleet.admission, prefix_aware=fleet.prefix_aware)
+    router = VirtualRouter(
+        fleet.policy,
+        fleet.admission,
+        prefix_aware=fleet.prefix_aware,
+        forecasts=fleet.forecasts,
+    )
     rng = random.Random(f"steps {seed}")
     workers = [
         VirtualWorker(WorkerRef(f"{role}-{i}", 1), role, replace(fleet.spec), events, router, rng)

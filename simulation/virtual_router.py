@@ -21,10 +21,19 @@ from .workload import NOT_JUDGED, Arrival
 class VirtualRouter:
     """Call ``join`` once, with all workers, before the first ``arrive``."""
 
-    def __init__(self, policy: Policy, admission: Admission, *, prefix_aware: bool = True) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        admission: Admission,
+        *,
+        prefix_aware: bool = True,
+        forecasts: bool = True,
+    ) -> None:
+        assert forecasts or admission is not Admission.SLO
         self._policy = policy
         self._admission = admission
         self._prefix_aware = prefix_aware
+        self._forecasts = forecasts
         self._loads = Loads()
         self._lengths = AnswerLengths()
         self._workers: dict[WorkerRef, VirtualWorker] = {}
@@ -142,7 +151,7 @@ class VirtualRouter:
             load.prefill_tokens,
             load.kv_tokens,
             load.num_requests,
-            worker.cost,
+            worker.cost if self._forecasts else None,
             spec.chunk_tokens,
             spec.max_batch,
             load.prefill_ms,

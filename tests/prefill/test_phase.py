@@ -167,7 +167,9 @@ def test_the_order_is_recomputed_granted_dropped_new_and_then_age() -> None:
     bench = Bench(max_tokens=100)
     new, granted, dropped, recomputed = bench.add(2), bench.add(2), bench.add(2), None
     for prompt in (granted, dropped):
+        bench.phase.remove(prompt.attempt)
         prompt.dropped = True
+        bench.phase.add(prompt)
     bench.phase.grant(granted.attempt, now=0.0)
     recomputed = bench.add(2, RECOMPUTE)
     older = bench.add(2)
