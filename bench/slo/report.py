@@ -48,6 +48,18 @@ class Cell:
                     found[run.load.rate] = share
         return found
 
+    def floor(self, objectives: Objectives, round_number: int, target: float) -> float | None:
+        """The highest rate that met them while the server was told of tighter ones: where it
+        is told the truth it can do no worse, so a bound and no answer."""
+        met = [
+            run.load.rate
+            for run in self.runs
+            if run.round == round_number and run.load.rate is not None and run.fault is None
+            if run.told is not None and run.told.no_looser_than(objectives)
+            if run.gave_up is None and attainment(run.counted(), objectives, 1.0).both >= target
+        ]
+        return max(met, default=None)
+
     def capacities(self, objectives: Objectives, settings: Settings) -> list[Capacity]:
         """One for each round."""
         return [bracket(self.points(objectives, one), settings) for one in self.rounds]
@@ -140,7 +152,10 @@ def _interpolated(
     for one in cell.rounds:
         points = cell.points(objectives, one)
         found = ends(points, target)
-        rates.append(between(points, target) or 0.0)
+        floor = cell.floor(objectives, one, target)
+        if not points and floor is not None:
+            found = Ends(floor, None)
+        rates.append(between(points, target) or found.met or 0.0)
         finished.append(bool(points) and not following(points, levels, target, None))
         rounds.append(asdict(found) | {"shares": _shares(cell, objectives, one, found)})
     median = statistics.median(rates)
@@ -165,8 +180,15 @@ def _shares(
     for run in cell.runs:
         if run.round != round_number or run.fault is not None:
             continue
+        exact = run.told is None or run.told == objectives
+        tells = run.told is None or run.told.no_looser_than(objectives)
         for name, rate in (("met", found.met), ("missed", found.missed)):
-            if rate is not None and rate == run.load.rate and run.attained(objectives) is not None:
+            if (
+                tells
+                and rate is not None
+                and rate == run.load.rate
+                and (exact or name not in shown)
+            ):
                 share = attainment(run.counted(), objectives, 1.0)
                 shown[name] = [share.both, share.low, share.high]
     return shown

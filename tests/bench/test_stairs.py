@@ -121,17 +121,19 @@ def test_the_report_sets_answers_beside_each_other_and_beside_a_peer(tmp_path: P
         folder.keep(run)
     folder.agree_on(
         {
-            "slos": ["200/10"],
+            "slos": ["200/10", "500/30"],
             "staircase": {"target": 0.9, "min_requests": 1},
             "levels": {"2048/256": list(LEVELS)},
         }
     )
     found = report.write(folder, read_peer(PEER))
-    (ratio,) = found["ratios"]
+    ratio, looser = found["ratios"]
     assert ratio["better"] == "colocated"
     assert ratio["best"] == pytest.approx(32**0.5 / 2)
     assert ratio["ratio"] == pytest.approx(80**0.5 / 32**0.5)
     assert not ratio["exact"]  # 6.0 was not tried, between 4 and 8
+    # Nobody was told of 500/30. Who met 200/10 meets that too; how much more is not known.
+    assert (looser["adaptive"], looser["exact"]) == (4.0, False)
     text = (tmp_path / "report.md").read_text()
     assert "| 2048/256 | 200/10 | adaptive | 8: 95% (89 to 98) | 10: 85% (77 to 91) |" in text
     assert "| 2048/256 | 200/10 | 5.9 | 7.08 | 2.83 (0.40) | 4.47 (0.63) |" in text
