@@ -70,10 +70,6 @@ class Planner:
         self._moved: float | None = None
         self._change: Change | None = None
 
-    @property
-    def demand(self) -> Demand:
-        return self._demand
-
     def look(
         self, now: float, prefill_ms: float, decode: float, workers: Iterable[Holder]
     ) -> Move | None:

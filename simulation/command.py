@@ -16,7 +16,7 @@ from .capacity import find
 from .costs import EIGHT_B_ON_H200, read_steps
 from .report import report, table
 from .run import Fleet, simulate
-from .virtual_worker import WorkerSpec
+from .worker_spec import WorkerSpec
 from .workload import Arrival, Length, arrivals, poisson, read_trace, rescaled, synthetic
 
 _LENGTHS = re.compile(r"(\d+)/(\d+)")

@@ -30,7 +30,7 @@ from ..core.ids import Role
 from .capacity import ATTAINMENT, Capacity, LoadAt, best_of, ratio_interval
 from .costs import EIGHT_B_ON_H200
 from .run import Fleet
-from .virtual_worker import WorkerSpec
+from .worker_spec import WorkerSpec
 from .workload import Arrival, Length, arrivals, poisson, read_trace, synthetic
 
 CHUNKS = (1024, 512, 2048, 4096)

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from ..core.config import Admission, Policy
 from ..core.ids import Role, WorkerRef
+from .served import Served
 from .virtual_router import VirtualRouter
-from .virtual_worker import Served, Usage, VirtualWorker, WorkerSpec
+from .virtual_worker import Usage, VirtualWorker
+from .worker_spec import WorkerSpec
 from .workload import NOT_JUDGED, Arrival
 
 

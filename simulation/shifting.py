@@ -16,7 +16,7 @@ from ..core.config import Admission
 from .capacity import Capacity, LoadAt, best_of, ratio_interval
 from .compare import CHUNKS, adaptive, busy_rate, colocateds, divided
 from .run import Fleet
-from .virtual_worker import WorkerSpec
+from .worker_spec import WorkerSpec
 from .workload import Arrival, shifting, synthetic
 
 PHASE_S = 60.0

@@ -14,7 +14,8 @@ from ..router.planner import Planner, decode_demand
 from ..router.policy import decide
 from ..router.roles import Holder
 from ..router.snapshot import Objectives, Snapshot, Wish, WorkerView
-from .virtual_worker import Served, VirtualWorker
+from .served import Served
+from .virtual_worker import VirtualWorker
 from .workload import NOT_JUDGED, Arrival
 
 

@@ -12,7 +12,6 @@ step.
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 from collections.abc import Callable
@@ -22,79 +21,24 @@ from typing import Protocol
 from ..cache.kvcache import KvCache
 from ..cache.retired import RetiredSequences
 from ..cache.sequence import Sequence
-from ..core.cost import CalibratedCost, StepCost
+from ..core.cost import CalibratedCost
 from ..core.ids import Attempt, Role, WorkerRef
 from ..core.lengths import AnswerLengths
 from ..core.messages import Key, TokenItem
 from ..core.params import SamplingParams
 from ..decode.finish import FinishRules
 from ..decode.phase import DecodePhase
-from ..prefill.pace import MARGIN, Pace, chunk_tokens
+from ..prefill.pace import chunk_tokens
 from ..prefill.phase import Chunk, PrefillPhase
 from ..prefill.prompt import Prompt, PromptKind, PromptState
-from .workload import Arrival
+from .served import Served
+from .step_run import StepRun
+from .virtual_batch import Stream, VirtualBatch
+from .worker_spec import WorkerSpec
 
 _MAX_CONTEXT = 1 << 24
 _PROMPT_SLOTS = 64
 _PUBLISH_S = 0.5  # a worker tells the router its corrected costs so often, as its beats do
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """How a worker is made. ``cost`` is what it believes; steps take ``slowdown`` times that,
-    with a jitter of that relative deviation.
-
-    ``paced``: chunks are as large as the batch leaves room for (``prefill.pace``), at most
-    ``chunk_tokens``; else always ``chunk_tokens``, less a token for each running sequence.
-    ``demote``: prompts certain to miss their deadline step behind the others.
-    """
-
-    cost: StepCost
-    num_blocks: int
-    block_size: int = 16
-    max_batch: int = 256
-    chunk_tokens: int = 2048
-    paced: bool = True
-    demote: bool = True
-    prefix_cache: bool = False
-    slowdown: float = 1.0
-    jitter: float = 0.0
-    transfer_s: float = 0.003  # a transfer's own time
-    transfer_s_per_token: float = 1.3e-6  # 128 KiB a token at 100 GB/s
-
-
-@dataclass(slots=True, eq=False)
-class Served:
-    """One request and what became of it. Times in seconds, from the start of the run."""
-
-    arrival: Arrival
-    request_id: str
-    attempt: Attempt
-    refused: bool = False
-    first: float | None = None
-    last: float | None = None
-    ttft_forecast_ms: float | None = None
-    num_cached_tokens: int = 0
-
-    @property
-    def over(self) -> bool:
-        return self.refused or self.last is not None
-
-    @property
-    def ttft_ms(self) -> float:
-        return (self.first - self.arrival.time) * 1e3 if self.first is not None else math.inf
-
-    @property
-    def tpot_ms(self) -> float:
-        """0 for an answer of one token."""
-        if self.last is None or self.first is None:
-            return math.inf
-        return (self.last - self.first) * 1e3 / max(1, self.arrival.output - 1)
-
-    @property
-    def good(self) -> bool:
-        arrival = self.arrival
-        return self.ttft_ms <= arrival.ttft_ms and self.tpot_ms <= arrival.tpot_ms
 
 
 class Listener(Protocol):
@@ -111,37 +55,6 @@ class Timeline(Protocol):
     def at(self, time: float, call: Callable[[float], None]) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """A running sequence. It has ``seq.num_tokens`` tokens as of step ``settled``."""
-
-    served: Served
-    seq: Sequence
-    settled: int
-    told: int  # the step up to which the router was told of its tokens
-    end_step: int
-    due_base: float  # what ``Pace.due`` says of index 0, moved to step 0
-    tpot_s: float
-
-
-@dataclass(slots=True)
-class _Run:
-    """A number of decode steps that has begun at ``start``; each ``slope`` longer than the one
-    before. A step with ``chunks`` is a run of one."""
-
-    start: float
-    steps: int
-    first_s: float
-    slope_s: float
-    chunks: list[Chunk]
-    work_ms: float
-    version: int
-    skipped: tuple[_Stream, ...] = ()
-
-    def after(self, steps: int) -> float:
-        return self.start + steps * self.first_s + self.slope_s * steps * (steps - 1) / 2
-
-
 @dataclass(slots=True)
 class _Transfer:
     served: Served
@@ -153,14 +66,11 @@ class _Transfer:
 
 @dataclass(slots=True)
 class Usage:
-    """Seconds with a chunk in the step, seconds with only decode, and tokens of each."""
+    """Seconds with a chunk in the step, and seconds with only decode; ``recomputed`` streams."""
 
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
     recomputed: int = 0
-    steps: int = 0
 
 
 @dataclass(eq=False)
@@ -189,23 +99,10 @@ class VirtualWorker:
         self._senders: dict[Attempt, VirtualWorker] = {}  # of what is to decode here
         self._expected: dict[Attempt, Sequence] = {}
         self._arrived: list[Attempt] = []
-        self._streams: dict[Attempt, _Stream] = {}
-        self._ends: list[tuple[int, int, _Stream]] = []
-        self._dues: dict[float, list[tuple[float, int, _Stream]]] = {}  # heaps, by ``tpot_s``
-        self._kv = 0  # tokens of all streams, drawn ones included
-        self._step = 0
-        self._settled = 0  # the step as of which all blocks are booked
-        self._run: _Run | None = None
+        self._batch = VirtualBatch(self.cache, spec.paced, self.router.grown)
+        self._run: StepRun | None = None
         self._count = 0
         self._published = 0.0
-
-    @property
-    def batch(self) -> int:
-        return len(self._streams)
-
-    @property
-    def idle(self) -> bool:
-        return not self._served
 
     # what the router says
 
@@ -296,30 +193,17 @@ class VirtualWorker:
         if run is None:
             self._plan(now)
             return
-        if run.chunks or run.steps == 1 or run.after(run.steps) <= now:
-            return
-        passed = now - run.start
-        if run.slope_s > 0:
-            half, whole = run.slope_s / 2, run.first_s - run.slope_s / 2
-            steps = math.ceil((math.sqrt(whole * whole + 4 * half * passed) - whole) / (2 * half))
-        else:
-            steps = math.ceil(passed / run.first_s)
-        steps = max(1, steps)
-        while run.after(steps) < now:  # by rounding
-            steps += 1
-        if steps < run.steps:
-            run.steps = steps
-            run.version += 1
+        if run.cut_short(now):
             self._schedule_end(run)
 
-    def _schedule_end(self, run: _Run) -> None:
+    def _schedule_end(self, run: StepRun) -> None:
         version = run.version
 
         def end(now: float) -> None:
             if self._run is run and run.version == version:
                 self._end(run, now)
 
-        self.timeline.at(run.after(run.steps), end)
+        self.timeline.at(run.end, end)
 
     def _plan(self, now: float) -> None:
         assert self._run is None
@@ -327,38 +211,34 @@ class VirtualWorker:
             seq = self.decode.received(self._expected.pop(attempt).attempt)
             self._join(self._served[attempt], seq, 1)
         self._arrived.clear()
-        skipped: tuple[_Stream, ...] = ()
-        short = self._short(2 * self.batch)
-        if short and self._streams:
-            self._settle()
-            short = self.cache.num_available < self.batch
+        skipped: tuple[Stream, ...] = ()
+        short = self._short(2 * len(self._batch))
+        if short and len(self._batch):
+            self._batch.settle()
+            short = self.cache.num_available < len(self._batch)
             if short:
                 skipped = self._step_by_step()
         self._grant(now)
-        chunks = self._chunks(now) if self._has_prompts else []
-        batch = self.batch - len(skipped)
+        chunks = self._chunks(now) if self.prefill.computes else []
+        batch = len(self._batch) - len(skipped)
         if not chunks and not batch:
             return
-        kv = self._kv - sum(stream.seq.num_tokens for stream in skipped)
+        kv = self._batch.kv_tokens - sum(stream.seq.num_tokens for stream in skipped)
         cost, truth = self.spec.cost, self._truth
         work = sum(cost.prefill.work_ms(chunk.num_tokens, chunk.start) for chunk in chunks)
         seconds = truth.ms(batch, kv, work * self.spec.slowdown) / 1e3
         steps = 1
         if not chunks and not short:
-            steps = self._ends[0][0] - self._step
-            room = (self.cache.num_available - self._pending(0)) // max(1, batch) - 1
+            steps = self._batch.steps_to_end
+            room = (self.cache.num_available - self._batch.most_unbooked) // max(1, batch) - 1
             steps = max(1, min(steps, room * self.spec.block_size))
         slope = truth.decode.per_kv_token_ms * batch / 1e3
         if self.spec.jitter:
             deviation = self.spec.jitter / math.sqrt(steps)
             factor = max(0.2, self.rng.gauss(1.0, deviation))
             seconds, slope = seconds * factor, slope * factor
-        self._run = _Run(now, steps, seconds, slope, chunks, work, 0, skipped)
+        self._run = StepRun(now, steps, seconds, slope, chunks, work, skipped)
         self._schedule_end(self._run)
-
-    @property
-    def _has_prompts(self) -> bool:
-        return self.prefill.first is not None
 
     def _chunks(self, now: float) -> list[Chunk]:
         spec, cost = self.spec, self.cost
@@ -366,13 +246,14 @@ class VirtualWorker:
             self.prefill.demote(now, self._seconds_left)
         most = spec.chunk_tokens
         if not spec.paced:
-            most = max(1, most - self.batch)
-        elif self._streams:
+            most = max(1, most - len(self._batch))
+        elif len(self._batch):
             first = self.prefill.first
             assert first is not None
-            due = self._earliest_due()
+            slack_s = self._batch.earliest_due() - now
             context = first.seq.num_scheduled_tokens
-            most = chunk_tokens(cost, most, self.batch, self._kv, due - now, context)
+            batch, kv = len(self._batch), self._batch.kv_tokens
+            most = chunk_tokens(cost, most, batch, kv, slack_s, context)
         chunks, _ = self.prefill.schedule(
             most, _PROMPT_SLOTS, self._spare, lambda prompt: self._started(prompt, now)
         )
@@ -396,37 +277,24 @@ class VirtualWorker:
         if prompt.kind is PromptKind.TRANSFER:
             self._transfers[prompt.attempt].receiver.requested(prompt.attempt, now)
 
-    def _end(self, run: _Run, now: float) -> None:
+    def _end(self, run: StepRun, now: float) -> None:
         self._run = None
-        batch = self.batch - len(run.skipped)
-        for stream in run.skipped:
-            stream.settled += run.steps
-            stream.end_step += run.steps
-            stream.due_base -= stream.tpot_s * run.steps
-            self._push(stream)
-        self._observe(run, batch, now)
-        self._step += run.steps
-        self._kv += batch * run.steps
-        while self._ends and self._ends[0][0] <= self._step:
-            end_step, _, stream = heapq.heappop(self._ends)
-            if stream.end_step == end_step and self._streams.get(stream.seq.attempt) is stream:
-                self._finish(stream, now)
+        self._observe(run, now)
+        for stream in self._batch.advance(run.steps, run.skipped):
+            self._finish(stream, now)
         for chunk in run.chunks:
             self._computed(chunk, now)
-        if self._step - self._settled > 64:
-            self._settle()
+        self._batch.settle_now_and_then()
         self._plan(now)
 
-    def _observe(self, run: _Run, batch: int, now: float) -> None:
+    def _observe(self, run: StepRun, now: float) -> None:
         taken = (now - run.start) * 1e3
-        usage, kv = self.usage, self._kv + batch * (run.steps - 1) / 2
+        batch = len(self._batch) - len(run.skipped)
+        kv = self._batch.kv_tokens + batch * (run.steps - 1) / 2
         if run.chunks:
-            usage.prefill_s += taken / 1e3
-            usage.prefill_tokens += sum(chunk.num_tokens for chunk in run.chunks)
+            self.usage.prefill_s += taken / 1e3
         else:
-            usage.decode_s += taken / 1e3
-        usage.decode_tokens += batch * run.steps
-        usage.steps += run.steps
+            self.usage.decode_s += taken / 1e3
         step_ms = taken / run.steps
         self.costs = self.costs.observed(batch, int(kv), run.work_ms, step_ms, run.steps)
         if now - self._published >= _PUBLISH_S:
@@ -478,46 +346,13 @@ class VirtualWorker:
         """``num_output`` tokens of the answer are there, with the one just drawn."""
         seq.token_ids.append(0)
         assert seq.num_output_tokens == num_output
-        arrival, step = served.arrival, self._step
         self.decode.join(seq)
-        assert served.first is not None
-        tpot_s = arrival.tpot_ms / 1e3
-        pace = Pace(served.first, tpot_s, self._lengths.short)
-        per_token = MARGIN * tpot_s
-        due_base = pace.due(num_output - 1) - per_token * step
-        end_step = step + max(0, arrival.output - num_output)
-        stream = _Stream(served, seq, step, step, end_step, due_base, per_token)
-        self._streams[seq.attempt] = stream
-        self._kv += seq.num_tokens
-        self._push(stream)
+        self._batch.join(served, seq, self._lengths.short)
 
-    def _push(self, stream: _Stream) -> None:
-        self._count += 1
-        heapq.heappush(self._ends, (stream.end_step, self._count, stream))
-
-        if self.spec.paced:
-            heap = self._dues.setdefault(stream.tpot_s, [])
-            heapq.heappush(heap, (stream.due_base, self._count, stream))
-
-    def _earliest_due(self) -> float:
-        """When the first token of the next step must be there. Of one objective, whoever is due
-        first stays so: all streams move by the same."""
-        found = math.inf
-        for tpot_s, heap in self._dues.items():
-            while heap:
-                due_base, _, stream = heap[0]
-                here = self._streams.get(stream.seq.attempt) is stream
-                if here and stream.due_base == due_base:
-                    found = min(found, due_base + tpot_s * (self._step + 1))
-                    break
-                heapq.heappop(heap)
-        return found
-
-    def _finish(self, stream: _Stream, now: float) -> None:
-        self._book(stream)
+    def _finish(self, stream: Stream, now: float) -> None:
         seq, served = stream.seq, stream.served
-        del self._streams[seq.attempt], self._served[seq.attempt]
-        self._kv -= seq.num_tokens
+        self._batch.remove(seq.attempt)
+        del self._served[seq.attempt]
         served.last = now
         self._lengths.ended(served.arrival.output)
         self.cache.store(seq)
@@ -525,45 +360,18 @@ class VirtualWorker:
         self._retired.add(seq)
         self.router.ended(served, self, now)
 
-    def _book(self, stream: _Stream) -> None:
-        """Writes down the tokens and blocks of the steps since it was last looked at."""
-        seq, steps = stream.seq, self._step - stream.settled
-        if steps <= 0:
-            return
-        stream.settled = self._step
-        seq.token_ids.extend([0] * steps)
-        seq.num_scheduled_tokens = seq.num_computed_tokens = seq.num_tokens - 1
-        while len(seq.block_table) * self.cache.block_size < seq.num_tokens - 1:
-            grown = self.cache.grow(seq)
-            assert grown, "a run was longer than the pool had room for"
-        if stream.served.arrival.output > 1 and self._step - stream.told > 0:
-            self.router.grown(stream.served, self._step - stream.told)
-            stream.told = self._step
-
-    def _settle(self) -> None:
-        if self._settled != self._step:
-            for stream in self._streams.values():
-                self._book(stream)
-            self._settled = self._step
-
-    def _pending(self, steps: int) -> int:
-        """At most so many blocks will be booked, if ``steps`` more are done."""
-        unbooked = self._step - self._settled + steps
-        return self.batch * (unbooked // self.spec.block_size + 1)
-
     def _short(self, num_blocks: int) -> bool:
         """Whether fewer may be available, as far as can be told without booking."""
-        return self.cache.num_available - self._pending(0) < num_blocks
+        return self.cache.num_available - self._batch.most_unbooked < num_blocks
 
-    def _step_by_step(self) -> tuple[_Stream, ...]:
+    def _step_by_step(self) -> tuple[Stream, ...]:
         """The decode scheduler says who runs: returns who sits this step out."""
         rows, preempted = self.decode.schedule(lambda: bool(self.prefill.make_room(1)))
         for seq in preempted:
-            stream = self._streams.pop(seq.attempt)
-            self._kv -= stream.seq.num_tokens
+            self._batch.remove(seq.attempt)
             self.prefill.add(Prompt(seq, PromptKind.RECOMPUTE))
         running = {seq.attempt for seq in rows}
-        return tuple(s for attempt, s in self._streams.items() if attempt not in running)
+        return tuple(stream for stream in self._batch if stream.seq.attempt not in running)
 
     # room
 
@@ -591,7 +399,7 @@ class VirtualWorker:
         """Books what has grown, where a claim might see more blocks than there are. In the
         middle of a run that is what its start has left: the rest is still to come."""
         if self._short(self.spec.num_blocks // 8):
-            self._settle()
+            self._batch.settle()
 
     def _spare(self, prompt: Prompt) -> int | None:
         self._settle_if_short()
@@ -609,7 +417,7 @@ class VirtualWorker:
 
     def check(self) -> None:
         """Asserts that every block is accounted for."""
-        self._settle()
+        self._batch.settle()
         held = {*self._retired, *self.decode, *(prompt.seq for prompt in self.prefill)}
         self.cache.check(held)
 

@@ -20,7 +20,7 @@ from pdserve.simulation.costs import EIGHT_B_ON_H200, read_steps
 from pdserve.simulation.run import Fleet, Outcome, simulate
 from pdserve.simulation.shifting import Shift, line
 from pdserve.simulation.shifting import run as run_shift
-from pdserve.simulation.virtual_worker import WorkerSpec
+from pdserve.simulation.worker_spec import WorkerSpec
 from pdserve.simulation.workload import (
     Arrival,
     Length,
