@@ -89,7 +89,8 @@ class KnownServer:
 
 
 async def _write(response: web.StreamResponse, body: dict[str, Any]) -> None:
-    await response.write(b"data: %b\n\n" % json.dumps(body).encode())
+    event = {"object": "text_completion", **body}
+    await response.write(b"data: %b\n\n" % json.dumps(event).encode())
 
 
 async def _until(due: float) -> None:
