@@ -152,6 +152,7 @@ def _table(options: argparse.Namespace) -> dict[str, Any]:
         options.processes,
         ours=not options.no_own,
         earlier=earlier,
+        known=rows,
         each=each,
     )
     print(table(done()))

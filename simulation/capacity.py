@@ -19,7 +19,7 @@ from .run import Fleet, Outcome, simulate
 from .workload import Arrival
 
 ATTAINMENT = 0.9
-_STEP = 1.15  # from one rate to the next while the capacity is not bracketed
+STEP = 1.15  # from one rate to the next while the capacity is not bracketed
 _FARTHEST = 1e6  # nothing finds the end of a load that costs nothing
 WIDTH = 1.03  # of the bracket, in which the capacity is then interpolated
 _BLOCKS = 24  # of a run, drawn anew for an interval: neighbours share their queues
@@ -123,13 +123,14 @@ def best_of(
     *,
     least: float,
     seed: int = 0,
+    step: float = STEP,
     width: float = WIDTH,
 ) -> Capacity:
-    """The capacity of the best of them. Brackets from ``guess``, halves in logarithms until the
-    ends of the bracket differ by a factor of ``width``, and goes between the runs at both in the
-    end."""
+    """The capacity of the best of them. Brackets from ``guess`` in a ``step`` that grows, halves in
+    logarithms until the ends of the bracket differ by a factor of ``width``, and goes between
+    the runs at both in the end."""
     race = _Race([_Racer(fleet) for fleet in fleets], load_at, seed)
-    rate, step = guess, _STEP
+    rate = guess
     if race.survived(rate):
         while step < _FARTHEST and race.survived(rate := rate * step):
             step *= step

@@ -10,6 +10,7 @@ and demotion.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -27,7 +28,7 @@ from ..core.config import Admission, Policy
 from ..core.cost import StepCost
 from ..core.errors import ConfigError
 from ..core.ids import Role
-from .capacity import ATTAINMENT, Capacity, LoadAt, best_of, ratio_interval
+from .capacity import ATTAINMENT, STEP, Capacity, LoadAt, best_of, ratio_interval
 from .costs import EIGHT_B_ON_H200
 from .run import Fleet
 from .worker_spec import WorkerSpec
@@ -42,6 +43,7 @@ TRACES = {
     "mooncake": "mooncake_conversation_trace.jsonl.gz",
 }
 _ANSWERS = 4
+_NEAR_STEP = 1.06  # from one rate to the next, where a smaller fleet has said where to look
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +196,22 @@ def run_cell(
     ours: bool = True,
     chunks: Sequence[int] = CHUNKS,
     earlier: Row | None = None,
+    smaller: Row | None = None,
 ) -> Row:
     """``earlier`` is what the same cell came to before our policy was changed. As the field runs
-    them static policies know nothing of it: who was the best of them is not looked for again."""
+    them static policies know nothing of it: who was the best of them is not looked for again.
+    ``smaller`` is what a fleet of fewer GPUs came to. It only says where to begin."""
     began = time.process_time()
     runs = 0
+    like = earlier or smaller
 
-    def best(fleets: Sequence[Fleet], near: float) -> Capacity:
+    def best(fleets: Sequence[Fleet], near: float, reached: float | None = None) -> Capacity:
+        """``reached``: by the like of them, in ``like``."""
         nonlocal runs
-        found = best_of(fleets, load_at, near, least=guess / 64, seed=cell.seed)
+        step = STEP
+        if like and reached:
+            near, step = reached * cell.gpus / like.cell.gpus, _NEAR_STEP
+        found = best_of(fleets, load_at, near, least=guess / 64, seed=cell.seed, step=step)
         runs += found.runs
         return found
 
@@ -213,16 +222,18 @@ def run_cell(
         seconds = time.process_time() - began
         return Row(cell, 0.0, 0.0, 0.0, 0.0, "", "", None, None, seconds, 0)
     load_at, guess = load_of(cell, spec, traces), guess_of(cell, spec, traces)
-    own = best([adaptive(cell.gpus, spec)], earlier.adaptive if earlier else 1.6 * guess)
+    own = best([adaptive(cell.gpus, spec)], 1.6 * guess, like.adaptive if like else None)
     near = 0.8 * own.rate or guess
     mixed = colocateds(cell.gpus, spec, Admission.OPEN, chunks)
     halves = divided(cell.gpus, spec, Admission.OPEN)
     if earlier is None:
-        plain, parted = best(mixed, near), best(halves, near)
+        mixed = named(mixed, smaller.best if smaller else "")
+        plain = best(mixed, near, smaller.colocated if smaller else None)
+        parted = best(halves, near, smaller.split if smaller else None)
         static = max(plain, parted, key=lambda found: found.rate)
         rates = plain.rate, parted.rate
     else:
-        static = best(named([*mixed, *halves], earlier.best)[:1], earlier.static)
+        static = best(named([*mixed, *halves], earlier.best)[:1], near, earlier.static)
         rates = earlier.colocated, earlier.split
     ruled = None
     if ours:
@@ -232,7 +243,7 @@ def run_cell(
             *divided(cell.gpus, spec, Admission.SLO),
             *colocateds(cell.gpus, spec, Admission.SLO, chunks),
         ]
-        ruled = best(named(fleets, name), 1.05 * static.rate or near)
+        ruled = best(named(fleets, name), 1.05 * static.rate or near, like.ours if like else None)
     return Row(
         cell,
         own.rate,
@@ -255,27 +266,47 @@ def run(
     *,
     ours: bool = True,
     earlier: Mapping[Cell, Row] | None = None,
+    known: Mapping[Cell, Row] | None = None,
     each: Callable[[Row], None] = lambda row: None,
-) -> list[Row]:
-    wanted, before = list(cells), earlier or {}
+) -> None:
+    """Small fleets first: they say where to look for the larger ones. So do the ``known`` rows."""
+    before, found = earlier or {}, dict(known or {})
+    wanted = sorted(cells, key=lambda cell: cell.gpus)
     if processes == 1:
-        rows = []
         for cell in wanted:
-            row = run_cell(cell, spec, traces, ours=ours, earlier=before.get(cell))
-            rows.append(row)
+            smaller = _smaller(cell, found)
+            row = run_cell(cell, spec, traces, ours=ours, earlier=before.get(cell), smaller=smaller)
+            found[cell] = row
             each(row)
-        return rows
-    found: dict[Cell, Row] = {}
+        return
     with ProcessPoolExecutor(processes) as pool:
-        futures = [
-            pool.submit(run_cell, cell, spec, traces, ours=ours, earlier=before.get(cell))
-            for cell in wanted
-        ]
-        for future in as_completed(futures):
-            row = future.result()
-            found[row.cell] = row
-            each(row)
-    return [found[cell] for cell in wanted]
+        for _, fleet in itertools.groupby(wanted, key=lambda cell: cell.gpus):
+            futures = [
+                pool.submit(
+                    run_cell,
+                    cell,
+                    spec,
+                    traces,
+                    ours=ours,
+                    earlier=before.get(cell),
+                    smaller=_smaller(cell, found),
+                )
+                for cell in fleet
+            ]
+            for future in as_completed(futures):
+                row = future.result()
+                found[row.cell] = row
+                each(row)
+
+
+def _smaller(cell: Cell, rows: Mapping[Cell, Row]) -> Row | None:
+    """The same cell on the largest fleet that is smaller than its own."""
+    alike = [
+        row
+        for other, row in rows.items()
+        if other.gpus < cell.gpus and replace(other, gpus=cell.gpus) == cell and row.met
+    ]
+    return max(alike, key=lambda row: row.cell.gpus, default=None)
 
 
 def geometric_mean(ratios: Iterable[float | None]) -> float:

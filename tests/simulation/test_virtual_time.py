@@ -146,6 +146,11 @@ def test_the_adaptive_policy_is_no_worse_than_the_static_ones() -> None:
         again = run_cell(cell, spec, None, ours=False, chunks=(512,), earlier=row)
         assert again.runs < row.runs and again.best == row.best
         assert again.ratio == pytest.approx(row.ratio, rel=0.02)
+        larger = replace(cell, gpus=3)
+        found = run_cell(larger, spec, None, ours=False, chunks=(512,))
+        hinted = run_cell(larger, spec, None, ours=False, chunks=(512,), smaller=row)
+        assert hinted.runs < found.runs
+        assert hinted.adaptive == pytest.approx(found.adaptive, rel=0.02)
 
 
 def test_the_planner_turns_a_wrong_split_into_a_right_one() -> None:
