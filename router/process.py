@@ -98,7 +98,7 @@ async def _run(
         log.info("draining: %d requests are here", service.dispatch.num_requests)
         await service.drain(drain_s, hurry)
         if all_ends.is_set():
-            service.dismiss()
+            await service.dismiss(hurry)
         time_kept.cancel()
     return _INTERRUPTED if hurry.is_set() else 0
 

@@ -17,7 +17,7 @@ from ..core.clock import Clock
 from ..core.config import Admission, RouterSection, SloSection
 from ..core.errors import RequestError, Unavailable
 from ..core.ids import Role
-from ..core.messages import TokenBatch, TokenItem, ToRouter, ToWorker, TransferDone
+from ..core.messages import Bye, TokenBatch, TokenItem, ToRouter, ToWorker, TransferDone
 from .control import ControlSockets
 from .dispatch import Dispatch
 from .effects import Effect, Emit, End, Link, Say
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 BEAT_S = 0.5
+LEAVE_S = 3.0  # for workers that are idle, or in the middle of a step
 
 
 class Stream:
@@ -99,6 +100,7 @@ class Service:
         self._received = 0.0  # the last message of a worker
         self._idle = asyncio.Event()
         self._idle.set()
+        self._left = asyncio.Event()  # the last worker has said goodbye
 
     @property
     def not_ready(self) -> str | None:
@@ -146,6 +148,8 @@ class Service:
         elif isinstance(message, TransferDone):
             self.metrics.transfer(message)
         self._run(self.dispatch.receive(link, message, self._received))
+        if isinstance(message, Bye) and not self.dispatch.members.alive():
+            self._left.set()
 
     def scale(self, wanted: Mapping[Role, int] | None) -> list[Move]:
         """See ``Staffing.scale``; None leaves it to the planner again."""
@@ -181,18 +185,17 @@ class Service:
     async def drain(self, limit_s: float, hurry: asyncio.Event) -> None:
         """No new requests; those that are here may end within the limit."""
         self._draining = True
-        waits = [asyncio.create_task(self._idle.wait()), asyncio.create_task(hurry.wait())]
-        await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        for task in waits:
-            task.cancel()
+        await _either(self._idle, hurry, limit_s)
         if self._streams:
             log.warning("%d requests did not end in time", len(self._streams))
         error = Unavailable("the server has been shut down", code="draining")
         self._run(self.dispatch.fail_all(error, self._clock()))
 
-    def dismiss(self) -> None:
-        """The workers are to leave."""
+    async def dismiss(self, hurry: asyncio.Event) -> None:
+        """The workers are to leave. Their goodbyes are waited for, for a moment: what was said to
+        another host just before the sockets close may be lost with the connection."""
         self._run(self.dispatch.drain())
+        await _either(self._left, hurry, LEAVE_S if self.dispatch.members.alive() else 0.0)
 
     def _run(self, effects: Sequence[Effect]) -> None:
         """Executes effects, and those that follow from a link that turns out to be gone."""
@@ -218,6 +221,14 @@ class Service:
                         tell(timeline)
                     if (stream := self._streams.pop(timeline.request_id, None)) is not None:
                         stream.end(effect)
+
+
+async def _either(one: asyncio.Event, other: asyncio.Event, limit_s: float) -> None:
+    """Until one of them is set, or the time is over."""
+    waits = [asyncio.create_task(event.wait()) for event in (one, other)]
+    await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+    for task in waits:
+        task.cancel()
 
 
 def _messages(effects: Iterable[Effect], link: Link) -> list[ToWorker]:

@@ -1,7 +1,8 @@
 """Three hosts for SmolLM2 in fp32: the router on one, a prefill and a decode worker on the others.
 
 KV and control go by tcp with keys. The hosts are network namespaces with a router in the middle,
-which can lose every packet between two of them. Nobody starts the workers again: they must come
+which can lose every packet between two of them. All the while some of what the workers say to each
+other is lost, doubled, late or damaged. Nobody starts the workers again: they must come
 back by themselves. Only a thread that is on the router's host can ask it anything.
 """
 
@@ -35,6 +36,7 @@ kv: {{memory: 48MiB}}  # of each worker: 68 blocks, for some 1,000 tokens
 kv_transfer: {{medium: tcp, lease_s: 4}}
 router: {{control: "{_CONTROL}", max_queue: 256}}
 security: {{keys: keys}}
+faults: {{kv: {{drop: 0.05, duplicate: 0.1, delay: 0.1, delay_ms: 500, damage: 0.05}}}}
 """
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from plan import DEADLY, FRONT, ROUTER, Kind, Strike
+from plan import DEADLY, ROUTER, Kind, Strike
 from traffic import Outcome
 
 GRACE_S = 2.0  # a router is asked for a moment longer than it can be seen to be gone
@@ -79,8 +79,8 @@ def _ends_router(blow: Blow) -> bool:
 
 
 def _num_deaths(strike: Strike) -> int:
-    if strike.kind is Kind.CUT:  # the pair fails twice before one of them does it all
-        return 1 if FRONT in strike.victims else 2
+    if strike.kind is Kind.CUT:
+        return 2  # a pair fails twice before one of them does it all; what it costs at the most
     kinds = DEADLY | {Kind.TERM, Kind.STOP, Kind.STOP_SHORT, Kind.DISK}
     return len(strike.victims) if strike.kind in kinds else 0
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from served import SIMULATED, SPLIT, Server, deployment, serve
 from texts import prose
 
@@ -61,6 +62,7 @@ def test_simulated_workers(simulated: Server, tmp_path: Path) -> None:
             disturbed.at_rest(30.0)
 
 
+@pytest.mark.slow  # every run of the tests has it in tests/chaos
 def test_smollm2(server: Server, tmp_path: Path) -> None:
     bodies = [
         {"model": "smollm2", "prompt": prose(10 + 20 * number, seed=number), "max_tokens": 8}

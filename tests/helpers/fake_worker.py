@@ -97,6 +97,7 @@ class FakeWorker:
         self.beaten: RouterBeat | None = None  # the router's last beat
         self.refused: Refused | None = None
         self.drained = False
+        self.stays = False  # told to leave, it says no goodbye
         self.role_set: Role | None = None
         self.hold_after: int | None = None  # tokens of an output; then it waits to be released
         self.hold_tokens = False  # places are taken, and nothing is written
@@ -189,6 +190,9 @@ class FakeWorker:
                 self.role_set = role
             case Drain():
                 self.drained = True
+                if not self.stays:
+                    self.silent = True
+                    await self.say(Bye())
 
     def _end(self, key: Key) -> None:
         task = self._running.pop(key, None)

@@ -27,6 +27,7 @@ from pdserve.core.card import ModelCard
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Role
 from pdserve.core.keys import load_keys, new_keys, secure_client
+from pdserve.core.messages import Bye
 
 PLAIN = "/v1/completions"
 TYPING = Path(__file__).parents[2] / ".typing"
@@ -155,11 +156,15 @@ def test_a_router_that_ends_and_is_started_again_in_the_same_folder(
             assert await up.end() == code
             again = start(up.run_dir)
             try:
-                await until(lambda: worker.refused is not None)  # of a router it does not know
+                await until(
+                    lambda: worker.refused is not None, 20.0
+                )  # of a router it does not know
                 assert worker.refused is not None and worker.refused.rejoin
                 assert not worker.drained
                 async with FakeWorker(up.net, "mixed-0", Role.MIXED):
-                    found = json.loads((up.run_dir / "http.json").read_text())
+                    written = up.run_dir / "http.json"
+                    await until(written.exists, 20.0)  # the control socket is there sooner
+                    found = json.loads(written.read_text())
                     url = f"http://{found['host']}:{found['port']}"
                     body = {"model": MODEL, "prompt": "hello", "max_tokens": 4}
                     async with aiohttp.ClientSession(url) as client:
@@ -183,6 +188,31 @@ def test_a_port_that_is_taken_is_a_sentence() -> None:
         assert popen.returncode == 1
         assert "pdserve: router.port: 127.0.0.1:" in errors and "Traceback" not in errors
         assert not (folder / "http.json").exists()
+
+
+def test_workers_that_are_told_to_leave_are_waited_for() -> None:
+    """The word may be on its way yet; with the sockets it would be lost."""
+
+    async def main() -> None:
+        async with (
+            router() as up,
+            FakeWorker(up.net, "mixed-0", Role.MIXED) as worker,
+            FakeWorker(up.net, "mixed-1", Role.MIXED) as other,
+        ):
+            worker.stays = True
+            for event in (hurry := asyncio.Event()), None:
+                dismissed = asyncio.create_task(up.service.dismiss(hurry))
+                await until(lambda: worker.drained and other.drained)
+                await until(lambda: len(up.service.dispatch.members.alive()) == 1)
+                assert not dismissed.done()
+                if event is not None:
+                    event.set()
+                else:
+                    await worker.say(Bye())
+                await dismissed
+                hurry.clear()
+
+    run(main())
 
 
 def free_port() -> int:
