@@ -1,13 +1,18 @@
-"""What a child of ``pdserve serve`` tells its supervisor, each by a line of its output."""
+"""What a child of ``pdserve serve`` and its supervisor tell each other: the child by lines of its
+output, the supervisor by signals."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 SWITCH = "PDSERVE_SUPERVISED"  # set in the environment of who has a supervisor
 SENTENCE = "pdserve: "  # begins the line in which a process says why it gives up
 UP = "pdserve is up"
+# To the router: the deployment ends, workers of other hosts too; SIGTERM ends it alone. In who is
+# only starting it leaves no traceback, and no shell has it ignored, as SIGINT may be.
+ALL_END = signal.SIGUSR1
 
 
 def up() -> None:

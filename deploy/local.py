@@ -3,9 +3,9 @@
     prepare   a child that finds or converts the weights, once: model card, count of GPUs
     start     the router and every worker, together
     serve     until a signal; what dies is started again
-    drain     SIGINT to the router (it finishes its streams and dismisses all workers, those of
-              other hosts too; SIGTERM would end it alone), then SIGTERM to the workers; what is
-              left is killed. A second signal skips the waiting.
+    drain     ``ALL_END`` to the router (it finishes its streams and dismisses all workers, those
+              of other hosts too), then SIGTERM to the workers; what is left is killed. A second
+              signal skips the waiting.
 
 Every child ends with this process, also when it is killed (see ``core/orphans.py``), and
 nothing of the run folder outlives it but by such a kill; the next start sweeps that.
@@ -31,6 +31,7 @@ from ..core.config import Deployment, SecuritySection
 from ..core.errors import ConfigError, StartupError
 from ..core.files import reason
 from ..core.logs import passed_on
+from ..core.supervised import ALL_END
 from . import fetch, status
 from .backoff import RestartPolicy
 from .bars import Bars
@@ -140,7 +141,7 @@ class _Launch:
 
     async def down(self, hurry: asyncio.Event) -> None:
         stages = (
-            Stage((ROUTER,), ROUTER_DRAIN_S, signal.SIGINT),
+            Stage((ROUTER,), ROUTER_DRAIN_S, ALL_END),
             Stage(tuple(spec.worker_id for spec in self._workers), WORKER_DRAIN_S),
         )
         await self._supervisor.stop(stages, hurry)

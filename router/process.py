@@ -5,8 +5,8 @@ serve
 SIGTERM or SIGINT: /ready says 503, new requests are refused, those that are here have
 ``DRAIN_S`` to end; a second signal ends it at once
 
-SIGTERM ends this process alone: its workers look for the next one. SIGINT ends the deployment,
-and they are told to leave.
+These end this process alone: its workers look for the next one. At ``ALL_END`` it drains in the
+same way, and they are told to leave.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..core.config import Deployment
 from ..core.files import write_whole
 from ..core.ids import new_epoch
 from ..core.keys import admit, is_loopback, require_safe_bind
-from ..core.supervised import up
+from ..core.supervised import ALL_END, up
 from .admin import add_admin
 from .app import make_app
 from .callers import Callers
@@ -79,11 +79,11 @@ async def _run(
 
     def on_signal(number: signal.Signals) -> None:
         (hurry if stop.is_set() else stop).set()
-        if number is signal.SIGINT:
+        if number is ALL_END:
             all_ends.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, ALL_END):
         loop.add_signal_handler(number, on_signal, number)
     async with serving(deployment, card, run_dir, tokenizer) as service:
         # What is here by now stays, and what a token leaves behind is freed as it is let go.

@@ -19,7 +19,7 @@ from pdserve.cli import _parser  # the real command line, so that what serve say
 from pdserve.core import config
 from pdserve.core.card import ModelCard
 from pdserve.core.orphans import die_with_parent
-from pdserve.core.supervised import up
+from pdserve.core.supervised import ALL_END, up
 from pdserve.deploy.devices import Devices
 
 FAULT = os.environ.get("FAULT", "")
@@ -38,7 +38,7 @@ def fail(sentence: str, code: int) -> None:
 def until_terminated(name: str) -> None:
     """Waits for the signal that ends the whole deployment, and takes a little to end."""
     end = threading.Event()
-    number = signal.SIGINT if name == "router" else signal.SIGTERM
+    number = ALL_END if name == "router" else signal.SIGTERM
     signal.signal(number, lambda *_: end.set())
     tell(f"{name} is up, pid {os.getpid()}")
     up()

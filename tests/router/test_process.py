@@ -28,6 +28,7 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Role
 from pdserve.core.keys import load_keys, new_keys, secure_client
 from pdserve.core.messages import Bye
+from pdserve.core.supervised import ALL_END
 
 PLAIN = "/v1/completions"
 TYPING = Path(__file__).parents[2] / ".typing"
@@ -110,7 +111,7 @@ def test_a_signal_lets_streams_end_and_takes_no_new_ones() -> None:
             mode = (up.run_dir / "control.sock").stat().st_mode
             assert mode & 0o077 == 0
             async with streaming(up, worker) as stream, aiohttp.ClientSession(up.url) as client:
-                up.popen.send_signal(signal.SIGINT)
+                up.popen.send_signal(ALL_END)
                 while (await client.get("/ready")).status != 503:  # noqa: ASYNC110 (another process)
                     await asyncio.sleep(0.02)
                 async with client.post(PLAIN, json={"model": MODEL, "prompt": "x"}) as refused:
