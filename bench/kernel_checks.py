@@ -22,7 +22,7 @@ from ..kernels.decode_attention import decode_attention
 from ..kernels.gpu.gather_contexts import gather_contexts
 from ..kernels.gpu.ragged_attention import dense_attention, paged_attention
 from ..kernels.linear import gated_linear, linear, linear_parts
-from ..kernels.prefill_attention import prefill_attention
+from ..kernels.prefill_attention import PrefillBatch, prefill_attention
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope_and_cache, split_heads
 from ..kernels.sampling import LogitBias, RowParams, TokenHistory, sample, sample_reference
@@ -264,12 +264,43 @@ def _prefill() -> Iterator[Check]:
                     limit,
                     partial(_prefill_error, path, case, dtype),
                 )
+    yield Check("prefill graph replayed with other lengths", 1e-2, _prefill_replay)
     # A length that is left to cuDNN.
     long = (4, 2, 128, (4096,), (4096,))
     bf16 = torch.bfloat16
     yield Check(
         f"prefill chosen {long}", LIMIT[bf16], partial(_prefill_error, "chosen", long, bf16)
     )
+
+
+def _prefill_replay() -> float:
+    """Captured for the longest row, replayed with shorter ones."""
+    contexts = _contexts((900, 333, 641), 8, 128, torch.bfloat16)
+    chunks = Chunks.create((100, 33, 128), contexts, num_q_heads=32)
+    table = contexts.block_tables[:1].clone()
+    bounds = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    most = PrefillBatch(table, (128,), (1500,), (0, 128), bounds)
+    q = torch.zeros(128, 32, 128, dtype=torch.bfloat16, device=DEVICE)
+
+    def step() -> Tensor:
+        return dense_attention(q, *gather_contexts(contexts.kv_layer, most), SCALE, most)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    errors = []
+    exact = chunks.exact(SCALE).split(chunks.batch.new_lens)
+    for row, mine in enumerate(chunks.q.split(chunks.batch.new_lens)):
+        q.fill_(math.nan)
+        q[: len(mine)] = mine
+        table.copy_(contexts.block_tables[row : row + 1])
+        bounds.copy_(torch.tensor([(0, len(mine)), (0, contexts.context_lens[row])]))
+        out.fill_(math.nan)
+        graph.replay()
+        errors.append(relative_error(out[: len(mine)], exact[row]))
+    return max(errors)
 
 
 _PrefillCase = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]

@@ -43,7 +43,7 @@ class Attention:
     """How a step's tokens attend: first those of B rows with one new token, then the chunks'."""
 
     num_singles: int
-    singles: DecodeWorkspace  # prepared for the single rows, where there are any
+    singles: DecodeWorkspace | None  # prepared for the single rows, where there are any
     chunks: PrefillBatch | None
 
 
@@ -117,6 +117,7 @@ class Model:
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if count:
+            assert attention.singles is not None
             decode_attention(q[:count], kv_layer, self._scale, attention.singles, out[:count])
         if chunks is not None:
             prefill_attention(

@@ -12,7 +12,7 @@ from tiny_models import GREEDY, launch, new, random_prompt
 
 from pdserve.core.plan import NewSequence, Row, StepPlan
 from pdserve.engine.batch import Batch, SingleRows, describe, padded, token_arrays
-from pdserve.engine.chunk_graphs import chunk_sizes, fitting
+from pdserve.engine.chunk_graphs import can_be_whole, chunk_sizes, fitting
 from pdserve.engine.graphs import decode_step, ladder
 from pdserve.engine.model import Tokens
 from pdserve.engine.slots import SlotTable
@@ -211,3 +211,13 @@ def test_warm_up_stays_within_the_engines_limits(most: int) -> None:
             assert len(sequence.token_ids) <= 1024
             assert max(sequence.block_table) < 40
     assert any(len(plan.rows) == 2 for plan in plans) == (most > 64)
+
+
+def test_a_chunk_is_captured_with_its_attention_where_that_has_one_path() -> None:
+    assert [can_be_whole(size, 16384) for size in (128, 192, 256, 512)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not can_be_whole(512, 512), "no chunk of that size has a prefix"

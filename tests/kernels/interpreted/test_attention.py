@@ -132,6 +132,26 @@ def test_prefill(
     assert relative_error(out, exact) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("length", [37, 128, 199])
+def test_what_is_launched_for_a_long_row_serves_a_short_one(length: int) -> None:
+    """As a captured graph does; memory that nobody wrote is NaN."""
+    contexts = PagedContexts.create(
+        (length,), num_kv_heads=2, head_dim=64, dtype=torch.float32, poisoned_tails=True
+    )
+    chunks = Chunks.create((9,), contexts, num_q_heads=4)
+    most = PrefillBatch(contexts.block_tables, (16,), (200,), (0, 16), chunks.batch.bounds)
+    wide = torch.cat((chunks.q, torch.full((7, 4, 64), torch.nan)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        k, v = gather_contexts(contexts.kv_layer, most)
+        out = dense_attention(wide, k, v, SCALE, most, tuning=RaggedTuning(32, 64))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert relative_error(out[:9], chunks.exact(SCALE)) < TOLERANCE[torch.float32]
+    end = min(-(-length // 128) * 128, 200)
+    assert not k[length:end].any() and not v[length:end].any()
+
+
 @pytest.mark.parametrize(
     ("new_lens", "context_lens", "path"),
     [
