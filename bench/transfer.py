@@ -5,15 +5,21 @@ Each case is a pair of real workers around engines that compute nothing (see
 says of it, on its own clock (``core.messages.TransferDone``):
 
     moving    from the first block that left to the word that all are in; the rate is of that
-    exposed   from the prompt's last chunk to the same word: what a client waits for
+    exposed   from the prompt's last chunk to the same word
     waited    from the prompt's start to the grant
+
+    runnable  from the prompt's last chunk to the request runnable on D: what a client waits
+              for. It is ``exposed`` without the word's way back, and with the wait for a grant
+              where that came later than the chunk, by the clock that both processes have in common
+    overhead  ``waited`` and ``exposed``: all that a transfer adds to a prompt
 
 ``cpu_s_per_gb`` is of both workers with all their threads; ``faults`` are pages a transfer that
 the kernel had to find.
 
 The floors are measured in the same run: a memory copy (or ``copy_`` between the GPUs), a bare
-pair of ZeroMQ sockets. ``pulls`` is a peer's pool copied from and nothing else. The first
-transfer of each case is checked, block by block; it does not count.
+pair of ZeroMQ sockets, and one with as many connections as a case has streams. ``pulls`` is a
+peer's pool copied from and nothing else. The first transfer of each case is checked, block by
+block; it does not count.
 
 With ``--batch N`` the engines are real, and the case is another one: N sequences decode on D
 while prompts arrive one after the other, each ending at its second token.
@@ -40,7 +46,7 @@ from ..core.keys import new_keys
 from ..core.plan import KvLayout
 from . import transfer_floors as floors
 from .transfer_pair import Pair, specs_of
-from .transfer_worker import MAX_CONTEXT, VOCABULARY, WorkerSpec, deployment_of
+from .transfer_worker import MAX_CONTEXT, VOCABULARY, WorkerSpec, deployment_of, ms_between
 from .transfer_worker import main as run_worker
 
 # layers, KV heads, head dimension, format, its bytes
@@ -118,6 +124,11 @@ class Bench:
     def _on_gpus(self) -> bool:
         return self._devices[0] != "cpu"
 
+    @property
+    def _several(self) -> list[int]:
+        """The numbers of streams that have a floor of their own."""
+        return [count for count in self._streams if count > 1] * (Medium.TCP in self._media)
+
     def report(self) -> dict[str, Any]:
         trip_ms = floors.round_trip_s() * 1000
         print(f"floor     a bare ZeroMQ round trip: {trip_ms:.3f} ms", flush=True)
@@ -160,8 +171,14 @@ class Bench:
             size = self._num_bytes(tokens)
             socket_s = floors.zmq_s(size, self._layout.block_bytes)
             row = {"tokens": tokens, "bytes": size, "zmq_gb_s": size / socket_s / 1e9}
+            for streams in self._several:
+                seconds = floors.zmq_streams_s(size, self._layout.block_bytes, streams)
+                row[f"zmq_{streams}_gb_s"] = size / seconds / 1e9
             row["memcpy_gb_s"] = size / floors.memcpy_s(size) / 1e9
-            line = f"memcpy {row['memcpy_gb_s']:.1f}, ZeroMQ {row['zmq_gb_s']:.1f} GB/s"
+            several = "".join(
+                f", {streams} streams {row[f'zmq_{streams}_gb_s']:.1f}" for streams in self._several
+            )
+            line = f"memcpy {row['memcpy_gb_s']:.1f}, ZeroMQ {row['zmq_gb_s']:.1f}{several} GB/s"
             if self._on_gpus:
                 row["copy_gb_s"] = size / floors.gpu_copy_s(size, self._devices) / 1e9
                 line = f"copy_ {row['copy_gb_s']:.0f}, {line}"
@@ -201,9 +218,10 @@ class Bench:
     ) -> dict[str, Any]:
         repeats = self._repeats if tokens > 64 else 5 * self._repeats
         before = pair.usage()
-        done = [pair.transfer(tokens).done for _ in range(repeats)]
+        requests = [pair.transfer(tokens) for _ in range(repeats)]
         after = pair.usage()
-        took = [one for one in done if one is not None]
+        took = [one.done for one in requests if one.done is not None]
+        runnable = [ms_between(one.tokens[0], one.tokens[1]) for one in requests]
         assert {one.medium for one in took} == {case.medium}, took[0].medium
         moving = statistics.median(one.moving_s for one in took)
         size = took[0].num_bytes
@@ -221,6 +239,7 @@ class Bench:
             "gb_s": size / moving / 1e9,
             "exposed_ms": statistics.median(one.exposed_s for one in took) * 1000,
             "waited_ms": statistics.median(one.waited_s for one in took) * 1000,
+            "runnable_ms": statistics.median(runnable),
             "overhead_ms": statistics.median(one.waited_s + one.exposed_s for one in took) * 1000,
             "cpu_s_per_gb": (after.cpu_s - before.cpu_s) / (repeats * size / 1e9),
             "faults": (after.faults - before.faults) / repeats,
@@ -230,7 +249,8 @@ class Bench:
         print(
             f"{case!s:24} {tokens:6d} tokens {prefill:>13}: moving {row['moving_ms']:8.2f} ms, "
             f"{row['gb_s']:6.1f} GB/s, {row['ratio']:.2f} of {against}; "
-            f"exposed {row['exposed_ms']:.2f} ms, waited {row['waited_ms']:.2f} ms, "
+            f"exposed {row['exposed_ms']:.2f} ms, runnable {row['runnable_ms']:.2f} ms, "
+            f"waited {row['waited_ms']:.2f} ms, "
             f"CPU {row['cpu_s_per_gb']:.2f} s/GB",
             flush=True,
         )
@@ -238,7 +258,7 @@ class Bench:
 
     def _against(self, case: Case) -> str:
         if case.medium is Medium.TCP:
-            return "zmq"
+            return f"zmq_{case.streams}" if case.streams > 1 else "zmq"
         return "copy" if self._on_gpus else "memcpy"
 
     @contextmanager

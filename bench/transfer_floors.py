@@ -81,6 +81,54 @@ def zmq_s(num_bytes: int, frame_bytes: int) -> float:
     return seconds
 
 
+def zmq_streams_s(num_bytes: int, frame_bytes: int, streams: int) -> float:
+    """Like ``zmq_s``, by DEALERs to one ROUTER, with as many I/O threads at either end. Each is
+    dialled once the one before has been answered: ZeroMQ gives a new connection to the thread that
+    has the fewest, and of several that come at once one thread would get all."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=streams)
+    count = max(1, num_bytes // frame_bytes)
+    block = np.ones(frame_bytes, np.uint8).data
+    with _child("take_streams", count, _REPEATS + 1, streams) as child:
+        assert child.stdout is not None
+        endpoint = child.stdout.readline().strip()
+        sockets = []
+        for _ in range(streams):
+            socket = context.socket(zmq.DEALER)
+            socket.linger = 0
+            socket.rcvtimeo = _PATIENCE_S * 1000
+            socket.connect(endpoint)
+            socket.send(_WORD)
+            socket.recv()
+            sockets.append(socket)
+
+        def run() -> None:
+            for index in range(count):
+                sockets[index % streams].send(block, copy=False)
+            sockets[0].recv()
+
+        seconds = _median(run)
+    context.destroy(linger=0)
+    return seconds
+
+
+def _take_streams(count: int, rounds: int, streams: int) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=streams)
+    router = context.socket(zmq.ROUTER)
+    router.bind("tcp://127.0.0.1:*")
+    print(router.get_string(zmq.LAST_ENDPOINT), flush=True)
+    first = b""
+    for _ in range(streams):
+        name, word = router.recv_multipart()
+        router.send_multipart((name, word))
+        first = first or name
+    for _ in range(rounds):
+        for _ in range(count):
+            router.recv_multipart(copy=False)
+        router.send_multipart((first, b"all"))
+    router.close(linger=1000)
+    context.term()
+
+
 def round_trip_s() -> float:
     """A bare pair of sockets in two processes: a word there and one back. Two such trips (begun,
     granted; offered, complete) are the least that a transfer between two workers can take."""
@@ -228,6 +276,7 @@ _JOBS: dict[str, Callable[..., object]] = {
     "pull": _pull,
     "show": _show,
     "take": _take,
+    "take_streams": _take_streams,
 }
 
 if __name__ == "__main__":

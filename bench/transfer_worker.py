@@ -4,13 +4,16 @@ It is the real worker (its process, threads, sockets, schedulers, protocol, pool
 engine that only sleeps for as long as a prompt's chunk would take. The pool of a sender is
 filled with noise, block by block different. Where a request asks for it (``VERIFY`` as its
 seed), the token that each side draws is a digest of the prompt's blocks as they lie there:
-two equal tokens are blocks that have arrived.
+two equal tokens are blocks that have arrived. Else the tokens are moments of the host's
+monotonic clock, which both workers read: P's first is when its last chunk was computed, D's second
+when the request became runnable there.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +31,16 @@ from ..core.plan import (
     KvLayout,
     KvPool,
     NewSequence,
+    Row,
     SampledToken,
     StepPlan,
     StepResult,
 )
-from ..worker import process
+from ..worker import lifecycle, process
 from ..worker.budget import Budget
 
 VERIFY = 1
-VOCABULARY = 1 << 20
+VOCABULARY = 1 << 30  # microseconds: the clock's, as tokens, begin anew after 18 minutes
 MAX_CONTEXT = 1 << 16
 _NOISE = 16 << 20
 _MEASURE_S = 0.1  # of the step times, which are none
@@ -121,25 +125,50 @@ class IdleEngine:
         self.limits = limits
         self._token_us = token_us
         self._slots: dict[int, NewSequence] = {}
+        self._runnable = Stamp()
+        lifecycle.log.setLevel(logging.DEBUG)
+        lifecycle.log.addFilter(self._runnable)
 
     def launch(self, plan: StepPlan) -> _Step:
         self._slots.update({new.slot: new for new in plan.new})
-        tokens = tuple(
-            SampledToken(row.slot, self._draw(self._slots[row.slot]))
-            for row in plan.rows
-            if row.sample
-        )
         num_prompt_tokens = sum(row.num_tokens for row in plan.rows if row.num_tokens > 1)
-        return _Step(StepResult(tokens), num_prompt_tokens * self._token_us / 1e6)
+        rows = [row for row in plan.rows if row.sample]
+        return _Step(
+            num_prompt_tokens * self._token_us / 1e6,
+            lambda: tuple(SampledToken(row.slot, self._draw(row)) for row in rows),
+        )
 
     def close(self) -> None:
         self.kv.close()
 
-    def _draw(self, sequence: NewSequence) -> int:
-        if sequence.params.seed != VERIFY:
-            return 1
-        num_full = sequence.num_prompt_tokens // self.kv.layout.block_size
-        return digest(self.kv, sequence.block_table[:num_full])
+    def _draw(self, row: Row) -> int:
+        sequence = self._slots[row.slot]
+        if sequence.params.seed == VERIFY:
+            num_full = sequence.num_prompt_tokens // self.kv.layout.block_size
+            return digest(self.kv, sequence.block_table[:num_full])
+        return now_as_token() if row.num_tokens > 1 else self._runnable.token
+
+
+class Stamp(logging.Filter):
+    """When the worker last said that a request is runnable. It is not printed."""
+
+    token = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno > logging.DEBUG:
+            return True
+        self.token = now_as_token()
+        return False
+
+
+def now_as_token() -> int:
+    """Microseconds of the clock that the processes of a host share."""
+    return time.monotonic_ns() // 1000 % VOCABULARY
+
+
+def ms_between(first: int, second: int) -> float:
+    """Two such tokens, the second drawn less than 18 minutes after the first."""
+    return (second - first) % VOCABULARY / 1e3
 
 
 def digest(pool: KvPool, blocks: Sequence[int]) -> int:
@@ -152,15 +181,15 @@ def digest(pool: KvPool, blocks: Sequence[int]) -> int:
 
 
 class _Step:
-    def __init__(self, result: StepResult, seconds: float) -> None:
-        self._result = result
+    def __init__(self, seconds: float, draw: Callable[[], tuple[SampledToken, ...]]) -> None:
         self._seconds = seconds
+        self._draw = draw
 
     def wait(self) -> StepResult:
         if self._seconds:
             time.sleep(self._seconds)
             self._seconds = 0.0
-        return self._result
+        return StepResult(self._draw())
 
 
 def deployment_of(folder: Path, **transfer: object) -> Deployment:

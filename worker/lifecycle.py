@@ -13,6 +13,7 @@ ask for itself.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 
@@ -55,6 +56,8 @@ from .attempts import Attempts
 from .budget import Budget
 from .effects import Effect, Tell
 from .paces import Paces
+
+log = logging.getLogger(__name__)
 
 
 class Lifecycle:
@@ -295,6 +298,7 @@ class Lifecycle:
         """All blocks and the first token are in: it joins the batch, and says that token too."""
         seq = self.decode.received(attempt)
         self.decode.join(seq)
+        log.debug("%s is runnable", attempt)
         if token.index != seq.num_output_tokens or token.token_id >= self._limits.vocab_size:
             text = f"the peer's first token is {token.token_id} at index {token.index}"
             self.fail(attempt, FailureKind.TRANSFER, text, now)
