@@ -6,7 +6,8 @@ from the next page on, the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -153,6 +154,10 @@ class _MappedHostPool:
     @property
     def owner_gone(self) -> bool:
         return self._memory.owner_gone
+
+    def begin(self, theirs: Sequence[int], ours: Sequence[int]) -> Callable[[], None]:
+        """Who waits copies."""
+        return partial(self.copy, theirs, ours)
 
     def copy(self, theirs: Sequence[int], ours: Sequence[int]) -> None:
         for source, target, count in runs(theirs, ours):

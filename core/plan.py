@@ -11,7 +11,7 @@ The engine knows no requests and no sockets; this module knows no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -132,7 +132,7 @@ class PoolExport:
 
 class PeerPool(Protocol):
     """A peer's pool, mapped into this process. Several threads may copy from shared memory; of
-    another pool all calls come from one thread at a time."""
+    another pool all calls but the waiting come from one thread at a time."""
 
     @property
     def generations(self) -> Generations: ...
@@ -142,8 +142,13 @@ class PeerPool(Protocol):
         """Whether the peer's process has ended; its memory stays until ``close``."""
         ...
 
+    def begin(self, theirs: Sequence[int], ours: Sequence[int]) -> Callable[[], None]:
+        """Begins to fill blocks of our own pool; call what it returns, once, to wait until the
+        bytes are in place. Soon over itself."""
+        ...
+
     def copy(self, theirs: Sequence[int], ours: Sequence[int]) -> None:
-        """Fills blocks of our own pool; returns when the bytes are in place."""
+        """``begin``, and the wait."""
         ...
 
     def close(self) -> None:

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 _NONCE = 16  # bytes
 _STAGING, _STAGING_BYTES = 16, 4 << 20  # buffers of a chunk each, made at the start
+# a copy of so much takes about a millisecond between GPUs. Whoever awaits it spins: to fall asleep
+# and be woken by an interrupt would take up to a fifth more
+SPIN_BYTES = 256 << 20
 MAX_COPIES = 8  # runs of blocks that are copied one by one; what is more scattered, by a kernel
 
 
@@ -60,7 +63,7 @@ class DeviceExport:
 
 
 class MappedDevicePool:
-    """``core.plan.PeerPool``: a peer's pool, pulled from into ours by ``copy``.
+    """``core.plan.PeerPool``: a peer's pool, pulled from into ours by ``begin``.
 
     ``ours[num_blocks, block_bytes]`` uint8; the mapped one looks like memory of its device,
     wherever it really is: same host, same or another GPU.
@@ -71,11 +74,11 @@ class MappedDevicePool:
         ours: Tensor,
         export: PoolExport,
         driver: Driver,
-        copy: Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], None],
+        begin: Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], Callable[[], None]],
     ) -> None:
         """HandshakeRefused where it can't be mapped, or is not what the export says."""
         num_blocks, size = export.num_blocks, ours.shape[1]
-        self._ours, self._driver, self._copy = ours, driver, copy
+        self._ours, self._driver, self._begin = ours, driver, begin
         self._table = SharedMemory.attach(export.name, export.nonce, table_bytes(num_blocks))
         self._generations = generations_in(self._table, num_blocks)
         try:
@@ -101,8 +104,11 @@ class MappedDevicePool:
     def owner_gone(self) -> bool:
         return self._table.owner_gone
 
+    def begin(self, theirs: Sequence[int], ours: Sequence[int]) -> Callable[[], None]:
+        return self._begin(self._theirs, self._ours, theirs, ours)
+
     def copy(self, theirs: Sequence[int], ours: Sequence[int]) -> None:
-        self._copy(self._theirs, self._ours, theirs, ours)
+        self.begin(theirs, ours)()
 
     def close(self) -> None:
         self._driver.close(self._opened)
@@ -181,8 +187,10 @@ class CudaKvPool:
     def read(self, blocks: Sequence[int]) -> list[memoryview]:
         with torch.cuda.device(self._device), torch.cuda.stream(self._reading):
             staging = self._staging(len(blocks))
-            for row, block in enumerate(blocks):
-                staging[row].copy_(self._bytes[block], non_blocking=True)
+            for block, row, count in runs(blocks, range(len(blocks))):
+                staging[row : row + count].copy_(
+                    self._bytes[block : block + count], non_blocking=True
+                )
             done = torch.cuda.Event(blocking=True)
             done.record()
         done.synchronize()
@@ -193,9 +201,13 @@ class CudaKvPool:
         with torch.cuda.device(self._device), torch.cuda.stream(self._writing):
             staging = self._staging(len(blocks))
             frames = staging.numpy()
-            for row, (block, pieces) in enumerate(zip(blocks, by_block(blocks, data), strict=True)):
+            for row, pieces in enumerate(by_block(blocks, data)):
                 join(pieces, frames[row])
-                self._bytes[block].copy_(staging[row], non_blocking=True)
+            # few calls: each gives the interpreter up, and must come by it again
+            for row, block, count in runs(range(len(blocks)), blocks):
+                self._bytes[block : block + count].copy_(
+                    staging[row : row + count], non_blocking=True
+                )
             done = torch.cuda.Event(blocking=True)
             done.record()
         done.synchronize()
@@ -213,17 +225,18 @@ class CudaKvPool:
         except DriverError as error:
             raise HandshakeRefused(str(error)) from error
         with torch.cuda.device(self._device), torch.cuda.stream(self._pulling):
-            return MappedDevicePool(self._bytes, export, driver, self._pull)
+            return MappedDevicePool(self._bytes, export, driver, self._begin_pull)
 
     def close(self) -> None:
         if self._export is not None:
             self._export.close()
 
-    def _pull(
+    def _begin_pull(
         self, source: Tensor, target: Tensor, theirs: Sequence[int], ours: Sequence[int]
-    ) -> None:
-        """``target[ours[i]] = source[theirs[i]]``, on the side stream; waits for its event only,
-        asleep, so that neither the steps nor the other threads do.
+    ) -> Callable[[], None]:
+        """``target[ours[i]] = source[theirs[i]]``, on the side stream. What is returned waits for
+        its event only, so that neither the steps nor the other threads do: asleep, or spinning
+        where it is soon over, in a call that leaves the interpreter to the others.
 
         Runs of blocks go to the copy engines, which leave the multiprocessors to the batch.
         """
@@ -235,9 +248,10 @@ class CudaKvPool:
             else:
                 ids = torch.tensor((theirs, ours), dtype=torch.int64, pin_memory=True)
                 move_blocks(source, target, ids.to(self._device, non_blocking=True))
-            done = torch.cuda.Event(blocking=True)
+            done = torch.cuda.Event(blocking=len(ours) * self._layout.block_bytes > SPIN_BYTES)
             done.record()
-        done.synchronize()
+        wait: Callable[[], None] = done.synchronize
+        return wait
 
     def _staging(self, num_blocks: int) -> Tensor:
         """``[num_blocks, block_bytes]`` uint8, pinned."""

@@ -5,9 +5,11 @@
              once it is complete
     detach   the peer has gone: what is being copied ends, then its pool is unmapped
 
-Whatever the medium, copying is ``PeerPool.copy``. Pulls of one peer that wait together are
-one copy. The I/O thread waits for none of this: it takes the results. A few blocks of shared
-memory it copies itself: that takes less time than to wake another thread and be woken.
+Whatever the medium, copying is ``PeerPool.begin`` and a wait. While the thread has nothing to do,
+the I/O thread begins a copy itself: a GPU is at it while the thread wakes up to wait for it. Pulls
+of one peer that wait together are one copy. The I/O thread waits for none of this: it takes the
+results. A few blocks of shared memory it copies itself: that takes less time than to wake another
+thread and be woken.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -42,6 +46,15 @@ class _Mapping:
         self.pool = pool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """A pull, begun where there is a ``wait``; without a pull, the peer's pool is unmapped."""
+
+    mapping: _Mapping
+    pull: Pull | None = None
+    wait: Callable[[], None] | None = None
+
+
 class Puller:
     """All pools of peers that this worker has mapped. Every call comes from the I/O thread."""
 
@@ -50,7 +63,9 @@ class Puller:
         self._pool = pool
         self._results = results
         self._mappings: dict[WorkerRef, _Mapping] = {}
-        self._jobs: queue.SimpleQueue[tuple[_Mapping, Pull | None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._num_given = 0  # jobs; counted by the I/O thread
+        self._num_done = 0  # counted by the other one
         self._thread: threading.Thread | None = None
         self._check_at = 0.0
 
@@ -80,14 +95,16 @@ class Puller:
         num_bytes = len(pull.blocks) * self._pool.layout.block_bytes
         if mapping.export.medium is Medium.SHM and num_bytes <= SMALL_BYTES:
             return self._copy(mapping, [pull])
-        self._jobs.put((mapping, pull))
+        idle = self._num_done == self._num_given
+        wait = mapping.pool.begin(pull.theirs, pull.blocks) if idle else None
+        self._give(_Job(mapping, pull, wait))
         return []
 
     def detach(self, peer: WorkerRef) -> None:
         """Unmaps the peer's pool, once what has begun is over."""
         mapping = self._mappings.pop(peer, None)
         if mapping is not None:
-            self._jobs.put((mapping, None))
+            self._give(_Job(mapping))
 
     def gone(self, now: float) -> list[WorkerRef]:
         """The peers whose process has ended since the last call: they are to be detached."""
@@ -104,6 +121,10 @@ class Puller:
             self._jobs.put(None)
             self._thread.join(_STUCK_AFTER_S)
             assert not self._thread.is_alive(), "a copy hangs"
+
+    def _give(self, job: _Job) -> None:
+        self._num_given += 1
+        self._jobs.put(job)
 
     # the thread
 
@@ -122,21 +143,27 @@ class Puller:
                 jobs.append(self._jobs.get_nowait())
             except queue.Empty:
                 break
-        for job, same in groupby(jobs, key=_one_copy):
-            if job is None:
+        for first, same in groupby(jobs, key=_one_copy):
+            if first is None:
                 return False
-            mapping, pulling = job
-            if pulling:
-                for written in self._copy(mapping, [pull for _, pull in same]):  # type: ignore[misc]
+            mapping, _, wait = first
+            pulls = [job.pull for job in same if job is not None and job.pull is not None]
+            if pulls:
+                for written in self._copy(mapping, pulls, wait):
                     self._results.put(written)
             else:
                 mapping.pool.close()
+            self._num_done += max(1, len(pulls))
         return True
 
-    def _copy(self, mapping: _Mapping, pulls: list[Pull]) -> list[Written]:
-        theirs = [block for pull in pulls for block in pull.theirs]
-        ours = [block for pull in pulls for block in pull.blocks]
-        mapping.pool.copy(theirs, ours)
+    def _copy(
+        self, mapping: _Mapping, pulls: list[Pull], wait: Callable[[], None] | None = None
+    ) -> list[Written]:
+        if wait is None:
+            theirs = [block for pull in pulls for block in pull.theirs]
+            ours = [block for pull in pulls for block in pull.blocks]
+            wait = mapping.pool.begin(theirs, ours)
+        wait()
         return [
             Written(pull.attempt, pull.first_block, self._counts(mapping, pull)) for pull in pulls
         ]
@@ -154,6 +181,6 @@ class Puller:
         return found == pull.checksums
 
 
-def _one_copy(job: tuple[_Mapping, Pull | None] | None) -> tuple[_Mapping, bool] | None:
+def _one_copy(job: _Job | None) -> tuple[_Mapping, bool, Callable[[], None] | None] | None:
     """Jobs that follow each other and have the same of this are one."""
-    return None if job is None else (job[0], job[1] is not None)
+    return None if job is None else (job.mapping, job.pull is not None, job.wait)

@@ -44,8 +44,10 @@ class Driver:
         self.opened -= 1
 
 
-def copy(source: Tensor, target: Tensor, theirs: Sequence[int], ours: Sequence[int]) -> None:
-    move_blocks(source, target, torch.tensor((theirs, ours)))
+def begin(
+    source: Tensor, target: Tensor, theirs: Sequence[int], ours: Sequence[int]
+) -> Callable[[], None]:
+    return lambda: move_blocks(source, target, torch.tensor((theirs, ours)))
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_a_mapped_pool_is_pulled_from(driver: Driver, theirs: Tensor, export: De
     theirs[:NUM_BLOCKS] = torch.randint(0, 255, (NUM_BLOCKS, SIZE), dtype=torch.uint8)
     ours = torch.zeros(5, SIZE, dtype=torch.uint8)
     assert export.export.offset == 64 and export.export.num_blocks == NUM_BLOCKS
-    mapped = MappedDevicePool(ours, export.export, driver, copy)
+    mapped = MappedDevicePool(ours, export.export, driver, begin)
     mapped.copy((11, 0, 7), (4, 2, 1))
     assert torch.equal(ours[[4, 2, 1]], theirs[[11, 0, 7]])
     assert not ours[[0, 3]].any()
@@ -99,7 +101,7 @@ def test_what_is_not_the_pool_is_refused(
 ) -> None:
     ours = torch.zeros(5, SIZE, dtype=torch.uint8)
     with pytest.raises(HandshakeRefused, match=said):
-        MappedDevicePool(ours, change(export.export), driver, copy)
+        MappedDevicePool(ours, change(export.export), driver, begin)
     assert driver.opened == 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -33,12 +33,22 @@ class Mapped:
         self.owner_gone = False
         self.go = threading.Semaphore(0)
         self.begun: list[tuple[int, ...]] = []
+        self.begun_by: list[str] = []  # names of threads
+        self.waiting = threading.Event()
         self.closed = threading.Event()
         self.error: Exception | None = None
 
-    def copy(self, theirs: Sequence[int], ours: Sequence[int]) -> None:
+    def begin(self, theirs: Sequence[int], ours: Sequence[int]) -> Callable[[], None]:
         assert not self.closed.is_set()
         self.begun.append(tuple(theirs))
+        self.begun_by.append(threading.current_thread().name)
+        return self.wait
+
+    def copy(self, theirs: Sequence[int], ours: Sequence[int]) -> None:
+        self.begin(theirs, ours)()
+
+    def wait(self) -> None:
+        self.waiting.set()
         assert self.go.acquire(timeout=10)
         if self.error is not None:
             raise self.error
@@ -129,8 +139,7 @@ def test_what_waits_together_is_one_copy(
 ) -> None:
     puller.attach(P, EXPORT)
     puller.pull(pull_of(pool, 0, 1))
-    while not pool.mapped.begun:
-        pass
+    assert pool.mapped.waiting.wait(10)
     for first, block in ((1, 2), (2, 3), (3, 9)):
         puller.pull(pull_of(pool, first, block))
     pool.mapped.go.release()
@@ -138,6 +147,20 @@ def test_what_waits_together_is_one_copy(
     found = taken(results, 4)
     assert pool.mapped.begun == [(1,), (2, 3, 9)]
     assert [written.first_block for written in found] == [0, 1, 2, 3]
+
+
+def test_a_copy_is_begun_by_who_asks_for_it_unless_another_is_under_way(
+    puller: Puller, pool: Pool, results: Results[Written]
+) -> None:
+    """A GPU is at it then while the thread wakes up; its wait is the thread's."""
+    puller.attach(P, EXPORT)
+    puller.pull(pull_of(pool, 0, 1))
+    assert pool.mapped.begun == [(1,)] and results.take() == []
+    puller.pull(pull_of(pool, 1, 2))
+    pool.mapped.go.release()
+    pool.mapped.go.release()
+    assert [written.first_block for written in taken(results, 2)] == [0, 1]
+    assert pool.mapped.begun_by == [threading.current_thread().name, "puller"]
 
 
 def test_a_peer_that_goes_is_unmapped_after_its_last_copy(
