@@ -20,6 +20,7 @@ import numpy as np
 import zmq
 
 from ..core.codec import Codec
+from ..core.config import TransferSection
 from ..core.host_pool import HostKvPool
 from ..core.ids import Medium
 from ..core.plan import KvLayout, KvPool, PeerPool, PoolExport
@@ -181,7 +182,7 @@ def pull(
 
 
 def _show(layout: dict[str, Any], device: str, medium: str) -> None:
-    pool = pool_of(KvLayout(**layout), device, medium)
+    pool = pool_of(KvLayout(**layout), device, TransferSection(medium=Medium(medium)))
     fill(pool)
     print(_EXPORT.encode(pool.exports[0]).hex() if pool.exports else "none")
     sys.stdout.flush()
@@ -193,7 +194,7 @@ def _pull(
     shape: dict[str, Any], device: str, medium: str, export: str, sizes: list[int]
 ) -> list[dict[str, Any]]:
     layout = KvLayout(**shape)
-    pool = pool_of(layout, device, Medium.TCP)
+    pool = pool_of(layout, device, TransferSection(medium=Medium.TCP))
     if isinstance(pool, HostKvPool):
         pool.bytes.fill(1)
     peer = pool.attach(_EXPORT.decode(bytes.fromhex(export)))

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 
 from ..core import config, logs
 from ..core.card import ModelCard
-from ..core.config import Deployment
+from ..core.config import Deployment, TransferSection
 from ..core.host_pool import Bytes, HostKvPool
 from ..core.ids import Medium, Role
 from ..core.plan import (
@@ -80,7 +80,7 @@ def main(path: Path) -> int:
     card = ModelCard.read(Path(spec.card))
     if spec.layout is None:
         return process.run(deployment, card, post)
-    pool = pool_of(spec.layout, spec.device, deployment.kv_transfer.medium)
+    pool = pool_of(spec.layout, spec.device, deployment.kv_transfer)
     if spec.role is Role.PREFILL:
         fill(pool)
     limits = EngineLimits(64, MAX_CONTEXT, spec.chunk_tokens + 32, VOCABULARY, ())
@@ -93,17 +93,17 @@ def main(path: Path) -> int:
     return process.run(deployment, card, post, build)
 
 
-def pool_of(layout: KvLayout, device: str, medium: str) -> KvPool:
+def pool_of(layout: KvLayout, device: str, transfer: TransferSection) -> KvPool:
     """A pool that peers may read by themselves, where the medium is such."""
     if device == "cpu":
-        return HostKvPool(layout, shared=medium in ("auto", Medium.SHM))
+        return HostKvPool(layout, shared=transfer.medium in ("auto", Medium.SHM))
     import torch
 
     from ..engine.device_pool import CudaKvPool
 
-    shared = medium in ("auto", Medium.CUDA_IPC)
+    shared = transfer.medium in ("auto", Medium.CUDA_IPC)
     dtype = torch.bfloat16 if layout.dtype == "bf16" else torch.float32
-    return CudaKvPool(layout, dtype, torch.device(device), shared=shared)
+    return CudaKvPool(layout, dtype, torch.device(device), shared=shared, transfer=transfer)
 
 
 def fill(pool: KvPool) -> None:

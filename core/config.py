@@ -183,6 +183,17 @@ class TransferSection(_Section):
     host: Text = "auto"
     lease_s: Seconds = 10.0  # unheard of for so long, a transfer is over
 
+    @property
+    def window_bytes(self) -> int:
+        """By value, on its way to one peer and not acknowledged."""
+        return (32 << 20) * (1 + self.streams)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """By value, in one message. The less it is, the sooner its first byte is hashed, sent and
+        written; the more, the fewer turns of the one thread that feeds all streams."""
+        return (8 if self.streams > 1 else 4) << 20
+
 
 class SloSection(_Section):
     ttft_ms: Milliseconds = 500.0

@@ -75,7 +75,7 @@ def build_engine(
         weight_bytes=weights.nbytes,
         workspace_bytes=_workspace_bytes(shape, precision, max_step_tokens, max_slots, device),
     )
-    pool = kv.new_pool(layout, precision.activations, device, deployment.kv_transfer.medium)
+    pool = kv.new_pool(layout, precision.activations, device, deployment.kv_transfer)
     cos, sin = rotary_tables(shape.rope, shape.head_dim, max_context)
     model = Model(shape, weights, (cos.to(device), sin.to(device)), pool.blocks)
     upload = uploader(device)

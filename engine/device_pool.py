@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..core.config import TransferSection
 from ..core.errors import HandshakeRefused, OutOfMemory
 from ..core.generations import Generations
 from ..core.host_pool import by_block, generations_in, join, runs, table_bytes
@@ -26,7 +27,6 @@ from .cuda_driver import CudaDriver, DriverError, Opened
 log = logging.getLogger(__name__)
 
 _NONCE = 16  # bytes
-_STAGING, _STAGING_BYTES = 16, 4 << 20  # buffers of a chunk each, made at the start
 # a copy of so much takes about a millisecond between GPUs. Whoever awaits it spins: to fall asleep
 # and be woken by an interrupt would take up to a fifth more
 SPIN_BYTES = 256 << 20
@@ -130,7 +130,13 @@ class CudaKvPool:
     """
 
     def __init__(
-        self, layout: KvLayout, dtype: torch.dtype, device: torch.device, *, shared: bool
+        self,
+        layout: KvLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        shared: bool,
+        transfer: TransferSection,
     ) -> None:
         self._layout = layout
         self._device = device
@@ -162,7 +168,8 @@ class CudaKvPool:
                 log.warning("KV blocks will be sent, not shared: %s", error)
         # torch keeps what is pinned, and hands it out again: while steps run none is made
         staging = [
-            torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_STAGING)
+            torch.empty(transfer.chunk_bytes, dtype=torch.uint8, pin_memory=True)
+            for _ in range(transfer.window_bytes // transfer.chunk_bytes)
         ]
         del staging
         torch.cuda.synchronize(device)  # zeroed and marked before another stream looks

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..core.config import Auto, parse_size
+from ..core.config import TransferSection, parse_size
 from ..core.errors import OutOfMemory
 from ..core.host_pool import HostKvPool
 from ..core.ids import Medium
@@ -97,17 +97,19 @@ def _in_words(num_bytes: int) -> str:
 
 
 def new_pool(
-    layout: KvLayout, dtype: torch.dtype, device: torch.device, medium: Medium | Auto = Medium.TCP
+    layout: KvLayout, dtype: torch.dtype, device: torch.device, transfer: TransferSection
 ) -> TorchKvPool:
     """The cache's memory, zeroed: what a masked entry is multiplied with must be finite.
 
-    ``medium`` is ``kv_transfer.medium``: where peers may read the pool by themselves, it is
-    made so. With ``auto`` a host that has no shared memory to spare does without.
+    Where peers may read the pool by themselves, by ``transfer.medium``, it is made so. With
+    ``auto`` a host that has no shared memory to spare does without.
     """
+    medium = transfer.medium
     if device.type == "cuda":
         from .device_pool import CudaKvPool
 
-        return CudaKvPool(layout, dtype, device, shared=medium in ("auto", Medium.CUDA_IPC))
+        shared = medium in ("auto", Medium.CUDA_IPC)
+        return CudaKvPool(layout, dtype, device, shared=shared, transfer=transfer)
     if medium == "auto":
         try:
             return CpuKvPool(layout, dtype, shared=True)

@@ -51,7 +51,6 @@ from .warmup import CPU_LIMIT_S, LIMIT_S, measure
 log = logging.getLogger(__name__)
 
 _SIMULATED_BLOCKS = 4096  # where kv.memory is not a size
-_WINDOW_BYTES = 32 << 20  # on its way to one peer, and as much again for each stream
 _UNMAP_PATIENCE_S = 5.0  # for peers to let go of what a worker that has died had shared
 
 
@@ -155,7 +154,8 @@ class _Life:
             layout.block_size,
             layout.block_bytes,
             lease_s=deployment.kv_transfer.lease_s,
-            window_bytes=_WINDOW_BYTES * (1 + deployment.kv_transfer.streams),
+            window_bytes=deployment.kv_transfer.window_bytes,
+            chunk_bytes=deployment.kv_transfer.chunk_bytes,
         )
         self._core = WorkerCore(
             post.role,

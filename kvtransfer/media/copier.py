@@ -126,6 +126,8 @@ def cut(block: memoryview) -> list[memoryview]:
 
 
 def _checksum(frames: Sequence[memoryview]) -> int:
+    if len(frames) == 1:
+        return xxhash.xxh3_64_intdigest(frames[0])
     hashed = xxhash.xxh3_64()
     for frame in frames:
         hashed.update(frame)

@@ -22,6 +22,15 @@ Waiting: TypeAlias = bytes | Prepared
 MAX_STREAMS = 16
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sending:
+    """Frames that ZeroMQ reads where they lie, until ``tracker`` says that it is done."""
+
+    prepared: Prepared
+    tracker: zmq.MessageTracker
+    since: float
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Line:
     """One connection, one way."""
@@ -41,6 +50,7 @@ class Dialled(Line):
     peer: PeerAddress
     socket: Socket
     stream: int = 0
+    sending: deque[Sending] = field(default_factory=deque)  # ZeroMQ is done with the first first
     connected_at: float | None = None  # when a further stream last said who it is
 
 
@@ -55,16 +65,6 @@ class Guest(Line):
     @property
     def routing_ids(self) -> tuple[bytes, ...]:
         return (self.routing_id, *self.streams)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sending:
-    """Frames that ZeroMQ reads where they lie, until ``tracker`` says that it is done."""
-
-    line: Dialled
-    prepared: Prepared
-    tracker: zmq.MessageTracker
-    since: float
 
 
 def sent(effects: Iterable[Waiting | Send | SendBlocks]) -> list[KvEvent]:

@@ -22,7 +22,6 @@ is malformed, or comes from a stranger, is counted and dropped.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -90,7 +89,7 @@ class KvSockets:
         self._by_socket: dict[Socket, Dialled] = {}
         self._guests: dict[WorkerRef, Guest] = {}
         self._by_routing_id: dict[bytes, Guest] = {}
-        self._sending: list[Sending] = []
+        self._busy: dict[Dialled, None] = {}  # that ZeroMQ sends frames of, some closed since
         self._greetings: dict[WorkerRef, Connect] = {}
         self._warned_of_strangers = False
         self.num_dropped = 0  # messages from strangers, and malformed ones
@@ -146,7 +145,7 @@ class KvSockets:
     def retry_ms(self) -> int | None:
         """How soon to ``flush`` again where polling does not tell: ZeroMQ still reads frames, or
         a guest's queue is full."""
-        if self._sending:
+        if self._busy:
             return 5
         return 10 if any(guest.queue for guest in self._guests.values()) else None
 
@@ -309,8 +308,7 @@ class KvSockets:
             return sent([prepared])  # given up while it was prepared
         if not prepared.frames:
             return self._queue(lines[0], prepared, now)
-        load = Counter(id(sending.line) for sending in self._sending)
-        line = min(lines, key=lambda line: len(line.queue) + load[id(line)])
+        line = min(lines, key=lambda line: len(line.queue) + len(line.sending))
         stale = line.connected_at is None or now - line.connected_at >= _GREET_S
         if line.stream > 0 and stale:
             line.connected_at = now
@@ -322,13 +320,15 @@ class KvSockets:
 
     def _sent_by_now(self, now: float) -> list[KvEvent]:
         """The chunks whose frames ZeroMQ has let go of; gives up who does not take them."""
-        done = [one for one in self._sending if one.tracker.done]
-        if done:
-            self._sending = [one for one in self._sending if one not in done]
-        for one in self._sending:
-            if now - one.since >= self._limits.stall_s and self._known(one.line):
-                one.line.blocked_since = one.since
-        return sent(one.prepared for one in done)
+        done: list[Prepared] = []
+        for line in list(self._busy):
+            while line.sending and line.sending[0].tracker.done:
+                done.append(line.sending.popleft().prepared)
+            if not line.sending:
+                del self._busy[line]
+            elif now - line.sending[0].since >= self._limits.stall_s and self._known(line):
+                line.blocked_since = line.sending[0].since
+        return sent(done)
 
     def _drain(self, line: Line, now: float) -> list[KvEvent]:
         events: list[KvEvent] = []
@@ -367,7 +367,8 @@ class KvSockets:
         tracker = line.socket.send_multipart(message, zmq.NOBLOCK, copy=False, track=True)
         if tracker is None or tracker.done:  # small frames are copied
             return sent([waiting])
-        self._sending.append(Sending(line, waiting, tracker, now))
+        line.sending.append(Sending(waiting, tracker, now))
+        self._busy[line] = None
         return []
 
     # receiving

@@ -10,7 +10,9 @@ import tiny_models
 import torch
 from tiny_models import Answers, launch, new, random_prompt
 
+from pdserve.core.config import TransferSection
 from pdserve.core.errors import OutOfMemory
+from pdserve.core.ids import Medium
 from pdserve.core.plan import KvLayout, Row
 from pdserve.engine import kv
 from pdserve.engine.device import MemoryState
@@ -112,7 +114,9 @@ def test_a_view_is_the_pool_itself(llama_folder: Path) -> None:
 
 def test_a_tail_is_zeroed_in_every_layer() -> None:
     layout = KvLayout(3, 2, 2, 4, 8, "fp32", 2 * 2 * 2 * 4 * 8 * 4)
-    pool = kv.new_pool(layout, torch.float32, torch.device("cpu"))
+    pool = kv.new_pool(
+        layout, torch.float32, torch.device("cpu"), TransferSection(medium=Medium.TCP)
+    )
     blocks = pool.blocks
     assert not blocks.any(), "a new pool is zero"
     blocks.fill_(7)

@@ -106,8 +106,8 @@ def test_two_workers_send_to_each_other(medium: str, tmp_path: Path) -> None:
 def test_large_blocks_travel_in_frames_and_are_not_copied_to_be_sent(
     make_host: MakeHost, streams: int
 ) -> None:
-    """A block of 1.5 MiB is two frames; it is P's until ZeroMQ has let go of it."""
-    options = {"token_bytes": 24 << 10, "num_blocks": 32, "streams": streams}
+    """A block of 3 MiB is two frames; it is P's until ZeroMQ has let go of it."""
+    options = {"token_bytes": 48 << 10, "num_blocks": 32, "streams": streams}
     p, d = make_host("p", **options), make_host("d", **options)
     p.fill(14)
     d.expect(A, p.ref, 14)
