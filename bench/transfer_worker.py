@@ -191,6 +191,10 @@ class _Step:
             self._seconds = 0.0
         return StepResult(self._draw())
 
+    @property
+    def done(self) -> bool:
+        return not self._seconds
+
 
 def deployment_of(folder: Path, **transfer: object) -> Deployment:
     """What the two workers of a case are told; saved beside them."""

@@ -2,6 +2,7 @@
 
     prefill   base + per_token * new + per_pair * pairs      pairs: (query, key) seen by attention
     decode    base + per_sequence * batch + per_kv_token * KV tokens that attention reads
+    beside    what a step that has both takes beyond their sum, less the weights' one read
 
 Both are linear in their coefficients. A worker measures a few points at its start, ``fit``
 finds the coefficients, and a ``Calibration`` follows what the steps really take from then on.
@@ -11,7 +12,7 @@ Weights are read once a step, whatever the step holds: see ``StepCost``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Annotated
 
@@ -23,6 +24,10 @@ _STRICT = ConfigDict(extra="forbid")
 
 Coefficient = Annotated[float, Field(ge=0, lt=1e9, allow_inf_nan=False)]
 OUTLIER = 8.0
+
+# Of chunks beside a batch that has no time for them (``prefill.pace``), which is forecast as well.
+PATIENCE = 4  # steps that a prompt waits for, at the most
+CHEAP = 0.25  # of its own work: a chunk that costs no more need not wait
 
 Floats = npt.NDArray[np.float64]
 
@@ -89,12 +94,15 @@ class StepCost:
     """Of a step that may hold both: running sequences and chunks of prompts.
 
     The read of the weights, which is most of ``decode.base_ms``, is shared: a chunk beside a
-    batch costs what it takes beyond that, and a chunk alone never less than that.
+    batch costs what it takes beyond that, and a chunk alone never less than that. What is shared
+    is not all gained: the batch's rows are computed with the chunk's, both are padded, and no
+    single graph holds such a step. That is ``beside_ms``, however small the chunk.
     """
 
     __pydantic_config__ = _STRICT
     prefill: PrefillCost
     decode: DecodeCost
+    beside_ms: Coefficient = 0.0
 
     def ms(self, batch: int, kv_tokens: int, chunk_ms: float) -> float:
         """``chunk_ms`` is the ``work_ms`` of the step's chunks together, 0 without any."""
@@ -103,21 +111,36 @@ class StepCost:
         alone_ms = max(self.prefill.base_ms + chunk_ms, self.decode.base_ms)
         if batch <= 0:
             return alone_ms
-        return self.decode.ms(batch, kv_tokens) + alone_ms - self.decode.base_ms
+        return self.decode.ms(batch, kv_tokens) + alone_ms - self.decode.base_ms + self.beside_ms
 
     def chunk_within(self, batch: int, kv_tokens: int, ms: float) -> float:
-        """The ``work_ms`` of chunks that a step of at most ``ms`` has room for.
-
-        What fits under the read of the weights is free, and so is there in any case: the batch
-        alone takes as long.
-        """
+        """The ``work_ms`` of chunks that a step of at most ``ms`` has room for."""
         if batch > 0:
-            ms -= self.decode.ms(batch, kv_tokens) - self.decode.base_ms
-        return max(0.0, max(ms, self.decode.base_ms) - self.prefill.base_ms)
+            ms -= self.decode.ms(batch, kv_tokens) - self.decode.base_ms + self.beside_ms
+        return max(0.0, ms - self.prefill.base_ms)
 
-    def scaled(self, prefill: float, decode: float) -> StepCost:
-        """As two calibrations see it."""
-        return StepCost(self.prefill.scaled(prefill), self.decode.scaled(decode))
+    @property
+    def least_work_ms(self) -> float:
+        """Smaller chunks take no less: they fit under the read of the weights."""
+        return max(0.0, self.decode.base_ms - self.prefill.base_ms)
+
+    @property
+    def least_chunk_ms(self) -> float:
+        """What the smallest chunk adds to a step of a batch."""
+        return self.beside_ms + max(0.0, self.prefill.base_ms - self.decode.base_ms)
+
+    def scaled(self, prefill: float, decode: float, beside: float = 1.0) -> StepCost:
+        """As three calibrations see it."""
+        return StepCost(
+            self.prefill.scaled(prefill), self.decode.scaled(decode), self.beside_ms * beside
+        ).bounded
+
+    @property
+    def bounded(self) -> StepCost:
+        """A step that has both takes no longer than two that have one each."""
+        if self.beside_ms <= self.decode.base_ms:
+            return self
+        return StepCost(self.prefill, self.decode, self.decode.base_ms)
 
 
 def pairs(new_tokens: int, context: int = 0) -> float:
@@ -140,6 +163,16 @@ class DecodePoint:
     ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class MixedPoint:
+    """A measured step of a batch with one chunk (new tokens, context) beside it."""
+
+    batch: int
+    kv_tokens: int
+    chunk: tuple[int, int]
+    ms: float
+
+
 def fit_prefill(points: Sequence[PrefillPoint]) -> PrefillCost:
     """Least squares of the relative error, no coefficient below 0."""
     assert points
@@ -155,6 +188,20 @@ def fit_decode(points: Sequence[DecodePoint]) -> DecodeCost:
     assert points
     rows = [(1.0, float(point.batch), float(point.kv_tokens)) for point in points]
     return DecodeCost(*_fit(rows, [point.ms for point in points]))
+
+
+def fit_step(
+    prefill: Sequence[PrefillPoint],
+    decode: Sequence[DecodePoint],
+    mixed: Sequence[MixedPoint] = (),
+) -> StepCost:
+    """``beside_ms`` is what mixed steps take more on average, 0 where none was measured."""
+    cost = StepCost(fit_prefill(prefill), fit_decode(decode))
+    more = [
+        point.ms - cost.ms(point.batch, point.kv_tokens, cost.prefill.work_ms(*point.chunk))
+        for point in mixed
+    ]
+    return replace(cost, beside_ms=max(0.0, sum(more) / len(more)) if more else 0.0).bounded
 
 
 def _fit(rows: Sequence[tuple[float, float, float]], ms: Sequence[float]) -> list[float]:
@@ -198,11 +245,11 @@ class Calibration:
 
     @property
     def factor(self) -> float:
-        return self.taken_ms / self.forecast_ms if self.forecast_ms > 0 else 1.0
+        return max(0.0, self.taken_ms / self.forecast_ms) if self.forecast_ms > 0 else 1.0
 
     def observed(self, forecast_ms: float, taken_ms: float, steps: int = 1) -> Calibration:
         """After ``steps`` more, each of them alike."""
-        if forecast_ms <= 0 or taken_ms < 0:
+        if forecast_ms <= 0:
             return self
         before = self
         if self.forecast_ms <= 0:
@@ -221,30 +268,41 @@ class Calibration:
 class CalibratedCost:
     """A worker's cost model as measured at its start, and what has been seen since.
 
-    A step without a chunk teaches about decode, one without a batch about prefill; of one
-    that has both, what decode leaves is the chunk's, where that is a fair part of it.
+    A step without a chunk teaches about decode, one without a batch about prefill. Of one that
+    has both, what decode leaves is the chunk's where that is the most of it; else what both
+    leave is what having both takes.
     """
 
     measured: StepCost
     prefill: Calibration = Calibration()
     decode: Calibration = Calibration()
+    beside: Calibration = Calibration()
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        return self.prefill.factor, self.decode.factor, self.beside.factor
 
     @property
     def cost(self) -> StepCost:
-        return self.measured.scaled(self.prefill.factor, self.decode.factor)
+        return self.measured.scaled(*self.factors)
 
     def observed(
         self, batch: int, kv_tokens: int, chunk_ms: float, taken_ms: float, steps: int = 1
     ) -> CalibratedCost:
         """After a step more, or ``steps`` alike; ``chunk_ms`` is the ``work_ms`` of its chunks by
         ``measured``."""
-        batch_ms = self.measured.decode.ms(batch, kv_tokens)
+        measured = self.measured
+        batch_ms = measured.decode.ms(batch, kv_tokens)
         if chunk_ms <= 0:
-            decode = self.decode.observed(batch_ms, taken_ms, steps)
-            return CalibratedCost(self.measured, self.prefill, decode)
-        chunk_ms = self.measured.ms(batch, kv_tokens, chunk_ms) - batch_ms
+            return replace(self, decode=self.decode.observed(batch_ms, taken_ms, steps))
+        beside_ms = measured.beside_ms if batch > 0 else 0.0
+        chunk_ms = measured.ms(batch, kv_tokens, chunk_ms) - batch_ms - beside_ms
         left_ms = taken_ms - batch_ms * self.decode.factor
-        if chunk_ms < batch_ms / 2 or left_ms <= 0:
-            return self
-        prefill = self.prefill.observed(chunk_ms, left_ms, steps)
-        return CalibratedCost(self.measured, prefill, self.decode)
+        if chunk_ms >= batch_ms:
+            left_ms -= beside_ms * self.beside.factor
+            if left_ms <= 0:
+                return self
+            return replace(self, prefill=self.prefill.observed(chunk_ms, left_ms, steps))
+        # the batch's own jitter is in it, both ways: over many steps it evens out
+        left_ms = max(left_ms - chunk_ms * self.prefill.factor, -beside_ms)
+        return replace(self, beside=self.beside.observed(beside_ms, left_ms, steps))

@@ -177,6 +177,7 @@ class WorkerBeat:
     duty: Duty | None = None
     prefill_factor: Factor = 1.0  # how many times longer than measured at the start it takes now
     decode_factor: Factor = 1.0
+    beside_factor: Factor = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,11 @@ class StepHandle(Protocol):
         """Blocks until the step is done; a second call returns the same result."""
         ...
 
+    @property
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:

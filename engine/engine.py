@@ -141,6 +141,10 @@ class DoneStep:
     def wait(self) -> StepResult:
         return self._result
 
+    @property
+    def done(self) -> bool:
+        return True
+
 
 class PendingStep:
     """A step on a GPU: its tokens are on their way into pinned memory."""
@@ -164,6 +168,10 @@ class PendingStep:
             self._done.synchronize()
             self._result = step_result(self._slots, self._asked, self._drawn)
         return self._result
+
+    @property
+    def done(self) -> bool:
+        return self._result is not None or self._done.query()
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -9,17 +9,21 @@ objective, so an answer of n tokens can make up for 0.05 n of them; the credit i
 short answer makes up for.
 
 So on average each stream keeps its objective, and prompts get all the time that it leaves.
+
+The smallest chunk costs a batch something too, and a larger one, up to what fits under the read
+of the weights, no more. Where there is no time for that one prompts wait: after a few steps of
+the batch alone there is. A batch that is never ahead makes room now and then all the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.cost import StepCost
+from ..core.cost import CHEAP, PATIENCE, StepCost
 
 MARGIN = 0.95  # of the objective: streams are held to a little less
 CREDIT = 1.0 - MARGIN  # of the time that a short answer may take
-_LEAST_TOKENS = 16  # a prompt never stands still
+_LEAST_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,26 @@ class Pace:
 
 
 def chunk_tokens(
-    cost: StepCost, most: int, batch: int, kv_tokens: int, slack_s: float, context: int
+    cost: StepCost,
+    most: int,
+    batch: int,
+    kv_tokens: int,
+    slack_s: float,
+    context: int,
+    waited: int = 0,
 ) -> int:
-    """New tokens of prompts for the next step, at most ``most``.
+    """New tokens of prompts for the next step, at most ``most``; 0 where they had better wait.
 
     ``slack_s`` is the time to the earliest due token of the ``batch``; ``context`` how much of
-    the first prompt is there already.
+    the first prompt is there already; ``waited`` the steps since the last that had a chunk.
     """
     if batch == 0:
         return most
+    least_ms = max(cost.least_work_ms, cost.least_chunk_ms)
     work_ms = cost.chunk_within(batch, kv_tokens, slack_s * 1e3)
+    if work_ms < least_ms:
+        dear = cost.least_chunk_ms > CHEAP * least_ms
+        if dear and waited < PATIENCE:
+            return 0
+        work_ms = least_ms
     return min(most, max(_LEAST_TOKENS, cost.prefill.tokens_within(work_ms, context)))

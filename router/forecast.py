@@ -2,7 +2,8 @@
 
 A worker computes prompts in chunks beside its batch, as large as the batch's objective
 leaves room for (``prefill.pace``). So its prompts go at a *rate*, in ms of chunks a ms: that
-of whole chunks where nothing decodes, less the more there is. TTFT is the work before and of
+of whole chunks where nothing decodes, less the more there is; where the smallest chunk is too
+much for each step, that of one now and then. TTFT is the work before and of
 this prompt over that rate, and a whole step at least; TPOT the decode step after joining. What
 is reserved or in flight counts as if it ran.
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.cost import pairs
+from ..core.cost import CHEAP, PATIENCE, pairs
 from .snapshot import Floats, Forecast, Snapshot, Wish
 
 MARGIN = 0.95  # of an objective: what is aimed at, for forecasts err
@@ -65,16 +66,24 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     decodes = c.batch > 0
     beside = np.where(decodes, c.per_sequence * c.batch + c.per_kv * c.kv, 0.0)
     chunk = c.per_token * c.chunk_tokens
-    # under the read of the weights there is room even where the batch is over its objective
-    room = np.maximum(limit - beside, c.decode_base) - c.prefill_base
-    chunk = np.where(decodes, np.minimum(chunk, np.maximum(room, 0.0)), chunk)
-    rate = np.maximum(chunk / (chunk + c.prefill_base + beside + 1e-9), _LEAST_RATE)
+    both = beside + np.where(decodes, c.beside, 0.0)
+    # what is under the read of the weights takes ``least_ms``, however little it is
+    least_ms = np.maximum(0.0, c.prefill_base - c.decode_base) + c.beside
+    least = np.minimum(chunk, np.maximum(c.decode_base - c.prefill_base, least_ms))
+    room = limit - both - c.prefill_base
+    chunk = np.where(decodes, np.minimum(chunk, np.maximum(room, least)), chunk)
+    rate = chunk / (chunk + c.prefill_base + both + 1e-9)
+    step = c.decode_base + beside
+    steps = np.clip(least_ms / np.maximum(limit - step, 1e-9), 1.0, PATIENCE + 1.0)
+    rare = np.where(least_ms > CHEAP * least, least / (steps * step + least_ms + 1e-9), np.inf)
+    rate = np.where(decodes & (room < least), np.minimum(rate, rare), rate)
+    rate = np.maximum(rate, _LEAST_RATE)
     done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * rate))
     # what has left the queue is in the step that is on, else half a step of decode is still to go
     begun = (c.head_ms - done) / rate
     half = np.where(decodes & (c.head_ms == 0.0), (beside + c.decode_base) * 0.5, 0.0)
     ahead = c.prefill_ms - c.head_ms + work
-    own = np.maximum(ahead / rate, np.maximum(ahead + c.prefill_base + beside, c.decode_base))
+    own = np.maximum(ahead / rate, np.maximum(ahead + c.prefill_base + both, c.decode_base))
     ttft = wish.waited_ms + half + begun + own
     batch = c.batch + 1.0
     kv = c.kv + (n + wish.growth)

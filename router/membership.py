@@ -53,11 +53,11 @@ class Member:
     links: tuple[PeerLink, ...] = ()  # whom it sends KV blocks to, and how
     state: MemberState = MemberState.READY
     duty: Duty | None = None  # as its beats say; None before the first one
-    factors: tuple[float, float] = (1.0, 1.0)  # of its cost: prefill, decode
+    factors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # as of ``StepCost.scaled``
     wanted: Role | None = None  # the role that it was given last, if ever
     told_at: float = 0.0
     ref: WorkerRef = field(init=False)
-    _cost: tuple[tuple[float, float], StepCost] | None = None  # by which factors
+    _cost: tuple[tuple[float, float, float], StepCost] | None = None  # by which factors
 
     def __post_init__(self) -> None:
         self.ref = self.hello.address.ref
@@ -164,7 +164,7 @@ class Membership:
         member.blocks, member.waiting, member.running = beat.blocks, beat.waiting, beat.running
         member.links = beat.links
         member.duty = beat.duty
-        member.factors = beat.prefill_factor, beat.decode_factor
+        member.factors = beat.prefill_factor, beat.decode_factor, beat.beside_factor
         return member
 
     def lost(self, ref: WorkerRef) -> None:

@@ -149,13 +149,14 @@ class Columns:
             self.decode_base,
             self.per_sequence,
             self.per_kv,
+            self.beside,
         ) = self._data
 
     def set(self, index: int, view: WorkerView) -> None:
         self._data[:, index] = _row(view)
 
 
-_WIDTH = 17
+_WIDTH = 18
 
 
 def _row(view: WorkerView) -> tuple[float, ...]:
@@ -180,6 +181,7 @@ def _row(view: WorkerView) -> tuple[float, ...]:
         decode.base_ms,
         decode.per_sequence_ms,
         decode.per_kv_token_ms,
+        cost.beside_ms,
     )
 
 

@@ -157,6 +157,10 @@ class SimulatedStep:
         assert self.result is not None
         return self.result
 
+    @property
+    def done(self) -> bool:
+        return self.result is not None or self._engine.past(self.due)
+
 
 def pace(step_ms: float, token_ms: float) -> Callable[[StepPlan], float] | None:
     """The ``latency`` of an engine whose steps take so long, and longer by token; in seconds."""
@@ -231,6 +235,9 @@ class SimulatedEngine:
             if self._latency is not None and (wait_s := earliest.due - self._clock()) > 0:
                 self._sleep(wait_s)
             earliest.result = self._compute(earliest.plan)
+
+    def past(self, due: float) -> bool:
+        return self._latency is None or due <= self._clock()
 
     def close(self) -> None:
         self._launched.clear()

@@ -92,7 +92,7 @@ class VirtualWorker:
         self.decode = DecodePhase(self.cache, self._retired, rules, spec.max_batch)
         self.costs = CalibratedCost(spec.cost)
         self.cost = spec.cost  # as corrected when it was last looked at
-        self._truth = spec.cost.scaled(spec.slowdown, spec.slowdown)
+        self._truth = (spec.truth or spec.cost).scaled(*(spec.slowdown,) * 3)
         self._lengths = AnswerLengths()
         self._served: dict[Attempt, Served] = {}
         self._transfers: dict[Attempt, _Transfer] = {}
@@ -102,6 +102,7 @@ class VirtualWorker:
         self._batch = VirtualBatch(self.cache, spec.paced, self.router.grown)
         self._run: StepRun | None = None
         self._count = 0
+        self._waited = 0  # steps of the batch that prompts have waited for by now
         self._published = 0.0
 
     # what the router says
@@ -219,6 +220,8 @@ class VirtualWorker:
             if short:
                 skipped = self._step_by_step()
         self._grant(now)
+        if not self.prefill.computes:
+            self._waited = 0
         chunks = self._chunks(now) if self.prefill.computes else []
         batch = len(self._batch) - len(skipped)
         if not chunks and not batch:
@@ -226,9 +229,10 @@ class VirtualWorker:
         kv = self._batch.kv_tokens - sum(stream.seq.num_tokens for stream in skipped)
         cost, truth = self.spec.cost, self._truth
         work = sum(cost.prefill.work_ms(chunk.num_tokens, chunk.start) for chunk in chunks)
-        seconds = truth.ms(batch, kv, work * self.spec.slowdown) / 1e3
+        takes = sum(truth.prefill.work_ms(chunk.num_tokens, chunk.start) for chunk in chunks)
+        seconds = truth.ms(batch, kv, takes) / 1e3
         steps = 1
-        if not chunks and not short:
+        if not chunks and not short and not self._waited:
             steps = self._batch.steps_to_end
             room = (self.cache.num_available - self._batch.most_unbooked) // max(1, batch) - 1
             steps = max(1, min(steps, room * self.spec.block_size))
@@ -253,12 +257,13 @@ class VirtualWorker:
             slack_s = self._batch.earliest_due() - now
             context = first.seq.num_scheduled_tokens
             batch, kv = len(self._batch), self._batch.kv_tokens
-            most = chunk_tokens(cost, most, batch, kv, slack_s, context)
+            most = chunk_tokens(cost, most, batch, kv, slack_s, context, self._waited)
         chunks, _ = self.prefill.schedule(
             most, _PROMPT_SLOTS, self._spare, lambda prompt: self._started(prompt, now)
         )
         for chunk in chunks:
             chunk.prompt.seq.num_scheduled_tokens += chunk.num_tokens
+        self._waited = 0 if chunks or most else self._waited + 1
         return chunks
 
     def _seconds_left(self, prompt: Prompt) -> float:

@@ -90,6 +90,7 @@ class WorkerCore:
             prefix_cache=prefix_cache,
             memory_s=memory_s,
         )
+        self._waited = 0  # steps of the batch that prompts have waited for by now
         self._drained = False
 
     # what the worker publishes
@@ -137,7 +138,7 @@ class WorkerCore:
     def beat(self) -> WorkerBeat:
         """For the router, every half second: an attempt that is not in it is not here."""
         life = self._life
-        prefill, decode = self._times.factors
+        prefill, decode, beside = self._times.factors
         return WorkerBeat(
             blocks=self.blocks,
             waiting=life.prefill.num_waiting + life.decode.num_reserving,
@@ -147,6 +148,7 @@ class WorkerCore:
             duty=Duty(self._role, self.chunk_tokens, self.max_batch),
             prefill_factor=prefill,
             decode_factor=decode,
+            beside_factor=beside,
         )
 
     # what comes in
@@ -241,6 +243,8 @@ class WorkerCore:
             lambda prompt: life.started(prompt, now),
         )
         life.retract(dropped, now)
+        waits = bool(running) and not chunks and life.prefill.computes
+        self._waited = self._waited + 1 if waits else 0
         chunk_ms = 0.0
         for chunk in chunks:
             has_slot = steps.add(chunk.prompt.seq, chunk.num_tokens, chunk)
@@ -263,7 +267,7 @@ class WorkerCore:
         # the steps in flight end first
         slack_s -= self._times.left_s(now)
         context = first.seq.num_scheduled_tokens
-        return chunk_tokens(cost, most, len(running), kv_tokens, slack_s, context)
+        return chunk_tokens(cost, most, len(running), kv_tokens, slack_s, context, self._waited)
 
     def _demote(self, now: float) -> None:
         cost = self._times.cost
@@ -275,10 +279,11 @@ class WorkerCore:
 
             self._life.prefill.demote(now, seconds)
 
-    def complete(self, result: StepResult, now: float) -> list[Effect]:
-        """The oldest launched step is done. Its tokens are told before anything else is."""
+    def complete(self, result: StepResult, now: float, since: float | None = None) -> list[Effect]:
+        """The oldest launched step is done, ``since`` that time or later where it was not waited
+        for. Its tokens are told before anything else is."""
         life = self._life
-        self._times.completed(now)
+        self._times.completed(now, since)
         tokens = iter(result.tokens)
         items: list[TokenItem] = []
         for_peers: list[Chunk] = []

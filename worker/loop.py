@@ -26,7 +26,7 @@ class StepLoop:
         self._desk = io.desk
         self._io = io
         self._clock = clock
-        self._launched: deque[StepHandle] = deque()
+        self._launched: deque[tuple[StepHandle, float]] = deque()  # and when it had been launched
 
     def run(self) -> None:
         """Raises what the I/O thread failed with, and whatever the engine raises."""
@@ -35,7 +35,7 @@ class StepLoop:
         finally:
             self._desk.close()
             while self._launched:  # they write blocks that are another life's from now on
-                self._launched.popleft().wait()
+                self._launched.popleft()[0].wait()
 
     def _run(self) -> None:
         while not self._desk.core.drained:
@@ -59,12 +59,16 @@ class StepLoop:
             self._io.post(effects)  # before the step: a prompt's start is news for its peer
         if plan is not None:
             self._io.step_begins(core.hung_after_s)
-            self._launched.append(self._engine.launch(plan))
+            handle = self._engine.launch(plan)
+            self._launched.append((handle, self._clock()))
         if not self._launched:
             return False
         if plan is None or len(self._launched) >= self._engine.limits.max_inflight:
-            result = self._launched.popleft().wait()
+            handle, launched_at = self._launched.popleft()
+            # the next one's launch may have outlasted it
+            since = launched_at if self._launched and handle.done else None
+            result = handle.wait()
             self._io.step_ended(idle=not self._launched)
             with self._desk as core:
-                self._io.post(core.complete(result, self._clock()))
+                self._io.post(core.complete(result, self._clock(), since))
         return True

@@ -2,9 +2,9 @@
 
 Decode: a batch of sequences whose KV is what the pool was filled with, each with blocks of
 its own, as it will be. Prefill: one long prompt, chunk after chunk, so that the context
-grows; and short prompts by themselves. Points come in the order of what they tell: a slow
-device measures the first few, a fast one all. Each is the least of a few runs, for the first
-may compile something, and what disturbs a run only makes it longer.
+grows; and short prompts by themselves. Both: small chunks beside a batch. Points come in the
+order of what they tell: a slow device measures the first few, a fast one all. Each is the least
+of a few runs, for the first may compile something, and what disturbs a run only makes it longer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import zip_longest
 from typing import TypeAlias
 
 from ..core.clock import Clock
-from ..core.cost import DecodePoint, PrefillPoint, StepCost, fit_decode, fit_prefill
+from ..core.cost import DecodePoint, MixedPoint, PrefillPoint, StepCost, fit_step
 from ..core.params import SamplingParams
 from ..core.plan import Engine, NewSequence, Row, StepPlan
 from ..core.progress import Progress
@@ -31,7 +31,7 @@ _RUNS = 3  # of a point
 _CHUNKS = 16  # of the long prompt
 _SHORT, _LONG = 16, 1024  # tokens of context that a sequence of a batch has
 
-Point: TypeAlias = PrefillPoint | DecodePoint
+Point: TypeAlias = PrefillPoint | DecodePoint | MixedPoint
 _Measure: TypeAlias = Callable[[], Point]
 
 
@@ -44,30 +44,36 @@ def measure(engine: Engine, budget: Budget, clock: Clock, limit_s: float) -> Ste
     end = clock() + limit_s
     prefill: list[PrefillPoint] = []
     decode: list[DecodePoint] = []
+    mixed: list[MixedPoint] = []
     with Progress("measuring steps"):
-        for one in _in_turn(bench.decode_points(budget), bench.prefill_points(budget)):
-            point = one()
-            if isinstance(point, PrefillPoint):
-                prefill.append(point)
-            else:
-                decode.append(point)
+        for one in _in_turn(
+            bench.decode_points(budget), bench.prefill_points(budget), bench.mixed_points(budget)
+        ):
+            match one():
+                case PrefillPoint() as point:
+                    prefill.append(point)
+                case DecodePoint() as point:
+                    decode.append(point)
+                case MixedPoint() as point:
+                    mixed.append(point)
             if clock() > end and len(prefill) >= 2 and len(decode) >= 2:
                 break
-    cost = StepCost(fit_prefill(prefill), fit_decode(decode))
+    cost = fit_step(prefill, decode, mixed)
     log.info(
-        "a step of 1 sequence takes %.2f ms, of %d %.2f ms, a chunk of %d tokens %.2f ms "
-        "(%d points measured)",
+        "a step of 1 sequence takes %.2f ms, of %d %.2f ms, a chunk of %d tokens %.2f ms, both in "
+        "one %.2f ms beyond that (%d points measured)",
         cost.decode.ms(1, _SHORT),
         budget.max_batch,
         cost.decode.ms(budget.max_batch, budget.max_batch * _SHORT),
         budget.chunk_tokens,
         cost.prefill.ms(budget.chunk_tokens),
-        len(prefill) + len(decode),
+        cost.beside_ms,
+        len(prefill) + len(decode) + len(mixed),
     )
     return cost
 
 
-def _in_turn(*kinds: Iterator[_Measure]) -> Iterator[_Measure]:
+def _in_turn(*kinds: Iterator[_Measure | None]) -> Iterator[_Measure]:
     for round_ in zip_longest(*kinds):
         yield from (one for one in round_ if one is not None)
 
@@ -109,10 +115,55 @@ class _Bench:
         for start in range(chunk, min(room - chunk, _CHUNKS * chunk) + 1, chunk):
             yield partial(self._prefill, chunk, start)
 
+    def mixed_points(self, budget: Budget) -> Iterator[_Measure | None]:
+        """Small chunks, for of large ones it is a small part. A slow device measures none: there
+        it is a small part of anything."""
+        yield from (None, None)
+        limits, layout = self._engine.limits, self._layout
+        most = min(budget.max_batch, limits.max_slots - 1)
+        for share in (8, 16):
+            batch = max(1, most // 8)
+            num_tokens = max(1, budget.chunk_tokens // share)
+            context = min(_LONG, limits.max_context - _RUNS)
+            blocks = batch * -(-(context + _RUNS) // layout.block_size)
+            blocks += -(-_RUNS * num_tokens // layout.block_size)
+            fits = batch + num_tokens <= limits.max_step_tokens and most >= 1
+            if fits and _RUNS * num_tokens < limits.max_context and blocks <= layout.num_blocks:
+                yield partial(self._mixed, batch, context, num_tokens)
+
+    def _mixed(self, batch: int, context: int, num_tokens: int) -> MixedPoint:
+        """The chunks of one prompt follow each other: all but the first have some before them."""
+        each = -(-(context + _RUNS) // self._layout.block_size)
+        end = _RUNS * num_tokens
+        first = batch * each
+        blocks = tuple(range(first, first + -(-end // self._layout.block_size)))
+        new = (
+            *self._batch(batch, context),
+            NewSequence(batch, self._tokens(end), end, self._params, blocks),
+        )
+        times = []
+        for run in range(_RUNS):
+            rows = tuple(Row(slot, context - 1 + run, 1) for slot in range(batch))
+            chunk = Row(batch, run * num_tokens, num_tokens, sample=run == _RUNS - 1)
+            times.append(self._time(StepPlan(new if run == 0 else (), (*rows, chunk))))
+        least = min(times[1:])
+        start = (1 + times[1:].index(least)) * num_tokens
+        kv_tokens = batch * (context + _RUNS // 2)
+        return MixedPoint(batch, kv_tokens, (num_tokens, start), least)
+
     def _decode(self, batch: int, context: int) -> DecodePoint:
         """``context`` tokens a sequence, and the one of the step among them."""
+        new = self._batch(batch, context)
+        times = []
+        for run in range(_RUNS):
+            rows = tuple(Row(slot, context - 1 + run, 1) for slot in range(batch))
+            times.append(self._time(StepPlan(new if run == 0 else (), rows)))
+        return DecodePoint(batch, batch * (context + _RUNS // 2), min(times))
+
+    def _batch(self, batch: int, context: int) -> tuple[NewSequence, ...]:
+        """In the first slots and blocks."""
         each = -(-(context + _RUNS) // self._layout.block_size)
-        new = tuple(
+        return tuple(
             NewSequence(
                 slot,
                 self._tokens(context),
@@ -122,11 +173,6 @@ class _Bench:
             )
             for slot in range(batch)
         )
-        times = []
-        for run in range(_RUNS):
-            rows = tuple(Row(slot, context - 1 + run, 1) for slot in range(batch))
-            times.append(self._time(StepPlan(new if run == 0 else (), rows)))
-        return DecodePoint(batch, batch * (context + _RUNS // 2), min(times))
 
     def _prefill(self, num_tokens: int, start: int) -> PrefillPoint:
         end = start + num_tokens

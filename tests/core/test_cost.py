@@ -12,11 +12,13 @@ from pdserve.core.cost import (
     Calibration,
     DecodeCost,
     DecodePoint,
+    MixedPoint,
     PrefillCost,
     PrefillPoint,
     StepCost,
     fit_decode,
     fit_prefill,
+    fit_step,
     pairs,
 )
 
@@ -101,13 +103,44 @@ def test_a_chunk_beside_a_batch_shares_the_read_of_the_weights() -> None:
 
 @pytest.mark.parametrize("batch", [0, 1, 100])
 @pytest.mark.parametrize("ms", [-10.0, 0.0, 6.0, 20.0, 100.0])
-def test_the_room_for_chunks_in_a_step_fills_it(batch: int, ms: float) -> None:
-    """What fits under the read of the weights costs the batch nothing, late as it may be."""
-    cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
+@pytest.mark.parametrize("beside_ms", [0.0, 2.5])
+def test_the_room_for_chunks_in_a_step_fills_it(batch: int, ms: float, beside_ms: float) -> None:
+    cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5), beside_ms)
     room = cost.chunk_within(batch, batch * 100, ms)
-    assert room >= 3.0 - 1e-9
-    free_ms = cost.ms(batch, batch * 100, 1e-6)
-    assert cost.ms(batch, batch * 100, room) == pytest.approx(max(ms, free_ms))
+    if room > cost.least_work_ms:
+        assert cost.ms(batch, batch * 100, room) == pytest.approx(ms)
+    else:
+        assert cost.ms(batch, batch * 100, 1e-6) >= ms - 1e-9
+
+
+def test_a_chunk_beside_a_batch_costs_something_however_small_it_is() -> None:
+    cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5), 2.5)
+    assert cost.ms(100, 100_000, 0.0) == pytest.approx(7.0)
+    assert cost.ms(100, 100_000, 1.0) == pytest.approx(7.0 + 2.5)
+    assert cost.ms(100, 100_000, 10.0) == pytest.approx(7.0 + 12.0 - 5.0 + 2.5)
+    assert cost.ms(0, 0, 10.0) == pytest.approx(12.0)
+    assert cost.scaled(1.0, 1.0, 100.0).beside_ms == 5.0  # as much as a step of each
+
+
+def test_what_mixed_steps_take_beyond_both_is_fitted_and_followed() -> None:
+    truth = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5), 2.0)
+    prefill = [PrefillPoint(((n, 0),), truth.prefill.ms(n)) for n in (256, 1024, 2048)]
+    shapes = [(1, 16), (256, 4096), (256, 262_144), (64, 1024)]
+    decode = [DecodePoint(*shape, truth.decode.ms(*shape)) for shape in shapes]
+    mixed = [
+        MixedPoint(32, 32_768, (n, n), truth.ms(32, 32_768, truth.prefill.work_ms(n, n)))
+        for n in (128, 256)
+    ]
+    found = fit_step(prefill, decode, mixed)
+    assert found.beside_ms == pytest.approx(2.0, rel=0.01)
+    assert fit_step(prefill, decode).beside_ms == 0.0
+    seen = CalibratedCost(found)
+    rng = random.Random(2)
+    for _ in range(400):
+        taken = truth.ms(32, 32_768, 5.0) + 1.0 + rng.gauss(0.0, 0.5)
+        seen = seen.observed(32, 32_768, 5.0, taken)
+    assert seen.cost.beside_ms == pytest.approx(3.0, rel=0.1)
+    assert seen.prefill.factor == seen.decode.factor == 1.0
 
 
 def test_calibration_follows_a_lasting_change_and_not_the_jitter() -> None:

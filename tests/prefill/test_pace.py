@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from pdserve.core.cost import DecodeCost, PrefillCost, StepCost
+from pdserve.core.cost import PATIENCE, DecodeCost, PrefillCost, StepCost
 from pdserve.prefill.pace import CREDIT, MARGIN, Pace, chunk_tokens
 
 COST = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
@@ -46,3 +48,15 @@ def test_far_into_a_prompt_a_token_costs_more() -> None:
     cost = StepCost(PrefillCost(2.0, 0.02, 1e-6), DecodeCost(5.0, 0.01, 1e-5))
     at = [chunk_tokens(cost, 2048, 10, 10_000, 0.02, context) for context in (0, 10_000, 60_000)]
     assert at == sorted(at, reverse=True) and at[0] > 2 * at[2]
+
+
+def test_where_a_small_chunk_costs_the_batch_something_prompts_wait_for_room() -> None:
+    cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5), beside_ms=2.5)
+    slacks = [(0.012, 0), (0.0095, 0), (0.0, 0), (0.0, PATIENCE - 1), (0.0, PATIENCE)]
+    found = [chunk_tokens(cost, 2048, 100, 100_000, *at_) for at_ in ((s, 0, w) for s, w in slacks)]
+    # a step of 12 ms: the batch's 7, the 2.5, and 5.5 of the chunk, 3 of them under the read
+    assert found[0] == pytest.approx(275, abs=1)
+    assert found[1] == pytest.approx(150, abs=1)
+    assert found[2:4] == [0, 0]
+    assert found[4] == pytest.approx(150, abs=1)  # now and then all the same
+    assert chunk_tokens(replace(cost, beside_ms=0.5), 2048, 100, 100_000, 0.0, 0) > 0

@@ -121,6 +121,18 @@ def test_what_the_running_prompt_has_done_is_off_its_forecast() -> None:
     assert ttft[0] - ttft[4] == pytest.approx(150.0, rel=0.06)  # and no more than its own
 
 
+def test_a_batch_that_pays_for_every_chunk_is_read_beside_more_slowly() -> None:
+    """And one that is almost at its objective gives prompts a chunk now and then."""
+    found = []
+    for beside_ms in (0.0, 1.0, 2.5, 4.0):
+        worker = replace(view("m", batch=60), cost=replace(COST, beside_ms=beside_ms))
+        found.append(float(forecast(Snapshot([worker]), WISH, 0.0).ttft[0]))
+    assert found == sorted(found) and found[-1] < math.inf
+    full = replace(view("m", batch=319), cost=replace(COST, beside_ms=2.5))
+    now_and_then = float(forecast(Snapshot([full]), WISH, 0.0).ttft[0])
+    assert found[-1] < now_and_then < 1e5
+
+
 def test_the_more_decodes_the_later_a_prompt_is_done() -> None:
     batches = [0, 50, 150, 250, 350]
     snapshot = Snapshot([view(f"m{batch}", batch=batch) for batch in batches])

@@ -88,6 +88,10 @@ class SlowEngine:
             assert self.engine.go.acquire(timeout=60)
             return self.result
 
+        @property
+        def done(self) -> bool:
+            return False
+
 
 @pytest.fixture
 def clock() -> Clock:

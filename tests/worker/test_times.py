@@ -84,7 +84,7 @@ def test_steps_that_take_longer_correct_the_forecast() -> None:
         more_ms = COST.ms(8, 4000, chunk_ms) - COST.decode.ms(8, 4000)
         now += (1.5 * COST.decode.ms(8, 4000) + 0.8 * more_ms) / 1e3
         times.completed(now)
-    assert times.factors == pytest.approx((0.8, 1.5), rel=0.02)
+    assert times.factors == pytest.approx((0.8, 1.5, 1.0), rel=0.02)
     assert times.cost is not None
     close(times.cost, COST.scaled(0.8, 1.5), 0.02)
 
@@ -97,6 +97,35 @@ def test_a_step_launched_behind_another_begins_when_that_ends() -> None:
         times.launched(8, 4000, 0.0, (count - 1) * step_s)
         times.completed(count * step_s)
     assert times.factors[1] == pytest.approx(1.0)
+
+
+def test_a_step_that_ended_while_the_next_was_launched_took_what_it_should() -> None:
+    """Launching a step with chunks keeps the host busy for 11 ms; the batch's own, before it, is
+    done after 5. What is read late is not the time that it took, nor is the next one shorter."""
+    times = StepTimes(COST)
+    decode_s = COST.decode.ms(8, 4000) / 1e3
+    chunk_ms = times.chunk_ms(2048, 0)
+    both_s = COST.ms(8, 4000, chunk_ms) / 1e3
+    now = 0.0
+    for _ in range(200):
+        times.launched(8, 4000, 0.0, now)
+        times.launched(8, 4000, chunk_ms, now + 1e-4)
+        times.completed(now + 0.011, since=now + 1e-4)
+        now += decode_s + both_s
+        times.completed(now)
+    assert times.factors == pytest.approx((1.0, 1.0, 1.0), rel=0.001)
+
+
+def test_a_host_that_is_slower_than_its_device_is_still_seen() -> None:
+    """Every step is done before anybody looks, and the next one is launched no sooner."""
+    times = StepTimes(COST)
+    cadence_s = 1.4 * COST.decode.ms(8, 4000) / 1e3
+    times.launched(8, 4000, 0.0, 0.0)
+    for count in range(1, 400):
+        now = count * cadence_s
+        times.launched(8, 4000, 0.0, now)
+        times.completed(now + 1e-3, since=now - cadence_s + 1e-4)
+    assert times.factors[1] == pytest.approx(1.4, rel=0.03)
 
 
 def test_a_step_hangs_after_many_times_its_forecast_and_some_seconds() -> None:
