@@ -6,7 +6,7 @@ from the next page on, the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -51,6 +51,15 @@ def by_block(blocks: Sequence[int], data: Sequence[memoryview]) -> Iterator[Sequ
     assert count * len(blocks) == len(data), (len(blocks), len(data))
     for start in range(0, len(data), count):
         yield data[start : start + count]
+
+
+def whole_blocks(views: Iterable[memoryview], block_bytes: int) -> list[memoryview]:
+    """Each view of several blocks as one view a block; what is shorter stays as it is."""
+    return [
+        view[start : start + block_bytes]
+        for view in views
+        for start in range(0, max(1, view.nbytes), block_bytes)
+    ]
 
 
 def join(pieces: Sequence[memoryview], target: Bytes) -> None:
@@ -106,6 +115,12 @@ class HostKvPool:
 
     def read(self, blocks: Sequence[int]) -> list[memoryview]:
         return [memoryview(self.bytes[block]) for block in blocks]
+
+    def read_runs(self, blocks: Sequence[int]) -> list[memoryview]:
+        return [
+            self.bytes[start : start + count].reshape(-1).data
+            for start, _, count in runs(blocks, range(len(blocks)))
+        ]
 
     def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
         for block, pieces in zip(blocks, by_block(blocks, data), strict=True):

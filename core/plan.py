@@ -191,6 +191,10 @@ class KvPool(Protocol):
         """
         ...
 
+    def read_runs(self, blocks: Sequence[int]) -> list[memoryview]:
+        """Like ``read``, with one view for blocks that lie one behind the other."""
+        ...
+
     def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
         """Fills whole blocks, each from equally many pieces; returns when the bytes are in
         place."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.config import TransferSection
 from ..core.errors import HandshakeRefused, OutOfMemory
 from ..core.generations import Generations
-from ..core.host_pool import by_block, generations_in, join, runs, table_bytes
+from ..core.host_pool import by_block, generations_in, join, runs, table_bytes, whole_blocks
 from ..core.ids import Medium
 from ..core.plan import KvLayout, PeerPool, PoolExport
 from ..core.shared_memory import SharedMemory
@@ -192,6 +192,10 @@ class CudaKvPool:
         return () if self._export is None else (self._export.export,)
 
     def read(self, blocks: Sequence[int]) -> list[memoryview]:
+        return whole_blocks(self.read_runs(blocks), self._layout.block_bytes)
+
+    def read_runs(self, blocks: Sequence[int]) -> list[memoryview]:
+        """All of them: in pinned memory they lie one behind the other."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._reading):
             staging = self._staging(len(blocks))
             for block, row, count in runs(blocks, range(len(blocks))):
@@ -201,8 +205,7 @@ class CudaKvPool:
             done = torch.cuda.Event(blocking=True)
             done.record()
         done.synchronize()
-        frames = staging.numpy()
-        return [memoryview(frames[row]) for row in range(len(blocks))]
+        return [staging.view(-1).numpy().data]
 
     def write(self, blocks: Sequence[int], data: Sequence[memoryview]) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._writing):

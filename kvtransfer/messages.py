@@ -1,9 +1,9 @@
 """What a sender (P) and a receiver (D) of KV blocks say to each other.
 
 P connects a DEALER to D's ROUTER. Every message but ``Chunk`` is one frame. A chunk gives
-blocks *by value*: one frame a block follows. An offer gives them *by reference*: D copies
-them out of P's pool by itself. Block indexes count within the prompt, from 0; no message
-carries a pointer, and nobody names a block of the other's pool.
+blocks *by value*: their bytes follow, in frames of whole blocks or of parts of one. An offer gives
+them *by reference*: D copies them out of P's pool by itself. Block indexes count within the prompt,
+from 0; no message carries a pointer, and nobody names a block of the other's pool.
 
     P -> D   Connect, Starting, Chunk, Offer, Commit, Withdraw, PeerBeat
     D -> P   Accepted, Rejected, Grant, Ack, Complete, Cancel, PeerBeat
@@ -94,7 +94,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Blocks ``first_block ..`` of the prompt, by value: one frame each follows.
+    """Blocks ``first_block ..`` of the prompt, by value: their bytes follow, in order.
+
+    A frame holds as many whole blocks as the sender likes, up to ``FRAME_BYTES``; a block that is
+    longer comes in frames of that length and the rest.
 
     ``checksums`` holds an xxh3-64 for each, or is empty where checksums are off.
     """

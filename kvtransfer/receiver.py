@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ..core.host_pool import whole_blocks
 from ..core.ids import Attempt, WorkerRef
 from ..core.messages import FailureKind, Key, TokenItem
 from .effects import Pull, ReceiveEnded, ReceiverEffect, Reserve, Runnable, Send, Write
@@ -255,6 +256,7 @@ class Receiver:
         if isinstance(chunk, Offer):
             sound = sound and len(chunk.generations) == chunk.num_blocks
         else:
+            frames = self._pieces(chunk.num_blocks, frames)
             sound = (
                 sound
                 and tuple(frame.nbytes for frame in frames)
@@ -279,6 +281,13 @@ class Receiver:
             peer = transfer.peer
             return [Pull(attempt, peer, first, ours, theirs, generations, chunk.checksums)]
         return [Write(attempt, first, ours, tuple(frames), chunk.checksums)]
+
+    def _pieces(self, num_blocks: int, frames: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Frames of several blocks, block by block; as they are where that can't be right."""
+        block_bytes = self._settings.block_bytes
+        if sum(frame.nbytes for frame in frames) != num_blocks * block_bytes:
+            return frames
+        return whole_blocks(frames, block_bytes)
 
     def _on_commit(self, transfer: _Transfer, commit: Commit, now: float) -> list[ReceiverEffect]:
         if commit.num_tokens != transfer.num_tokens or commit.token.key != transfer.key:

@@ -10,9 +10,9 @@ from ..core.messages import MAX_LIVE, Key
 from .handshake import BY_REFERENCE
 from .messages import MAX_CHUNK_BLOCKS, PeerBeat
 
-# of a block by value, in as many as it takes: each frame that is sent as it lies is work for Python
-# at the sender, and ZeroMQ itself does not mind the size from half a mebibyte on
-FRAME_BYTES = 2 << 20
+# of blocks by value: several whole ones that lie one behind the other, or a part of one. Each frame
+# that is sent as it lies is work for Python at the sender, and ZeroMQ does not mind how long it is
+FRAME_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class TransferSettings:
 
     @property
     def frame_sizes(self) -> tuple[int, ...]:
-        """Of the frames that one block travels in."""
+        """Of the pieces that one block travels in; a frame may hold several whole blocks."""
         starts = range(0, self.block_bytes, FRAME_BYTES)
         return tuple(min(FRAME_BYTES, self.block_bytes - start) for start in starts)
 

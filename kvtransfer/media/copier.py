@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
+from ...core.host_pool import whole_blocks
 from ...core.plan import KvPool
 from ..effects import SendBlocks, Write
 from ..messages import TO_RECEIVER, Chunk
@@ -95,11 +96,15 @@ class Copier:
         message = effect.message
         by_value = isinstance(message, Chunk)
         checked = self._checksums if by_value else self._checksum_offers
-        blocks = self._pool.read(effect.blocks) if by_value or checked else []
+        block_bytes = self._pool.layout.block_bytes
+        views = self._pool.read_runs(effect.blocks) if by_value or checked else []
         if checked:
+            blocks = whole_blocks(views, block_bytes)
             checksums = tuple(xxhash.xxh3_64_intdigest(block) for block in blocks)
             message = replace(message, checksums=checksums)
-        frames = tuple(piece for block in blocks for piece in cut(block)) if by_value else ()
+        frames = tuple(frame for view in views for frame in cut(view, block_bytes))
+        if not by_value:
+            frames = ()
         return Prepared(effect, TO_RECEIVER.encode(message), frames)
 
     def _write(self, effect: Write) -> Written:
@@ -120,9 +125,15 @@ def num_threads_for(num_streams: int) -> int:
     return max(num_streams, min(4, (os.cpu_count() or 1) // 4))
 
 
-def cut(block: memoryview) -> list[memoryview]:
-    """A block as the frames that it travels in."""
-    return [block[start : start + FRAME_BYTES] for start in range(0, block.nbytes, FRAME_BYTES)]
+def cut(view: memoryview, block_bytes: int) -> list[memoryview]:
+    """Whole blocks that lie one behind the other, as the frames that they travel in."""
+    if block_bytes <= FRAME_BYTES:
+        return whole_blocks([view], FRAME_BYTES // block_bytes * block_bytes)
+    return [
+        piece
+        for block in whole_blocks([view], block_bytes)
+        for piece in whole_blocks([block], FRAME_BYTES)
+    ]
 
 
 def _checksum(frames: Sequence[memoryview]) -> int:

@@ -232,6 +232,22 @@ def test_a_damaged_chunk_that_comes_whole_the_next_time(receiver: Receiver) -> N
     assert receiver.written(A, 2, True, 0.0) == [to_p(Ack(KEY, 2, 2))]
 
 
+def test_a_frame_of_several_blocks_is_written_block_by_block(receiver: Receiver) -> None:
+    whole = memoryview(bytes(range(48)))
+    message = Chunk(KEY, 2, 3)
+    for sizes in ((48,), (32, 16), (16, 32)):
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        data = [whole[at : at + size] for at, size in zip(starts, sizes, strict=True)]
+        (write,) = receiving(Receiver(SETTINGS)).receive(P, message, data, 0.0)
+        assert isinstance(write, Write)
+        assert [bytes(piece) for piece in write.frames] == [
+            bytes(whole[at : at + 16]) for at in (0, 16, 32)
+        ]
+    crooked = receiving(receiver)
+    assert crooked.receive(P, message, [whole[:24], whole[24:]], 0.0) == []
+    assert crooked.num_dropped == 1
+
+
 @pytest.mark.parametrize(
     ("first", "count", "num_frames", "size", "num_checksums"),
     [
