@@ -110,10 +110,12 @@ def _steps(pair: Pair, batch: list[Request], seconds: float, between: Any = None
     """The mean time between two tokens of a sequence, over all of them."""
     marks = [len(request.times) for request in batch]
     pair.listen(seconds, between)
+    enough = [(request, mark + 2) for request, mark in zip(batch, marks, strict=True)]
+    pair.until(lambda: all(one.finished or len(one.times) >= count for one, count in enough))
     spans = []
     for request, mark in zip(batch, marks, strict=True):
         times = request.times[mark:]
-        if len(times) < 2 or request.finished:
+        if request.finished:
             raise RuntimeError("the batch has ended early: ask for fewer --seconds")
         spans.append((times[-1] - times[0]) / (len(times) - 1))
     return statistics.mean(spans)
