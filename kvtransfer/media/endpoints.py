@@ -1,4 +1,4 @@
-"""ZeroMQ sockets as the KV layer wants them: bounded, guarded, with heartbeats.
+"""ZeroMQ sockets as the KV layer wants them: bounded, guarded, given up where the network is gone.
 
 Who gets in: with CURVE keys only members of the deployment; without them (loopback) only
 those who show the worker's token in ZeroMQ's own handshake. Nobody else gets a byte as
