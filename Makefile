@@ -39,7 +39,7 @@ BENCH := bench-cpu
 bench: $(READY)
 	$(BIN)/pdserve bench engine --config $(CONFIG)
 	$(BIN)/pdserve bench compare configs/bench-cpu-colocated.yaml configs/bench-cpu-split.yaml \
-	  configs/bench-cpu-adaptive.yaml --staircase --workload 64/24@1,0.25,0.5,1.5,2,3,4,6 \
+	  configs/bench-cpu-adaptive.yaml --staircase --workload 64/24@1,0.25,0.5,1.5,2,3,4,6,8,11,15 \
 	  --slo 2000/300 --vocab 49152 --duration 12 --warmup 3 --min-requests 10 --out $(BENCH)
 
 # Workers killed by the hundred: see tests/chaos.

@@ -214,11 +214,18 @@ class Comparison:
         """The first load after a start counts for nobody: kernels and caches are cold."""
         task = self.tasks[0]
         rate = task.rates[0] if task.settings is None else task.settings.start
-        length = min(_WARM_UP_S, task.load.duration_s)
-        load = replace(task.load, rate=rate, duration_s=length, warmup_s=0.0, seed=987)
+        load = warming(task.load, rate)
+        length = load.duration_s
         self.budget.require(length)
         with live.watched(f"{server.name} warm-up", length) as watch:
             perform(server, load, api_key=self.api_key, watch=watch)
+
+
+def warming(load: LoadSpec, rate: float) -> LoadSpec:
+    """A few seconds of it, evenly, with one request at the least."""
+    length = max(min(_WARM_UP_S, load.duration_s), 1.5 / rate)
+    arrivals = load.arrivals if load.arrivals == "trace" else "constant"
+    return replace(load, rate=rate, arrivals=arrivals, duration_s=length, warmup_s=0.0, seed=987)
 
 
 def turned(entries: Sequence[Entry], number: int) -> list[Entry]:

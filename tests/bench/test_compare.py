@@ -13,7 +13,7 @@ import pytest
 
 from pdserve.bench.slo import commands, report
 from pdserve.bench.slo.clients import run_clients
-from pdserve.bench.slo.compare import Entry, turned
+from pdserve.bench.slo.compare import Entry, turned, warming
 from pdserve.bench.slo.folder import Folder
 from pdserve.bench.slo.greedy import Difference, differences
 from pdserve.bench.slo.known_server import KnownServer
@@ -258,3 +258,10 @@ def test_deployments_are_brought_up_agree_and_tell_their_stages(tmp_path: Path) 
         for record in run.records:
             assert record.failure is None and record.server is not None, record
         assert {"prefill", "hand_over", "network"} <= report.stage_medians(run).keys()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.25, 1.0, 3.0, 12.0])
+def test_a_warm_up_has_a_request_at_any_rate(rate: float) -> None:
+    load = warming(LoadSpec("64/24", duration_s=12.0, warmup_s=3.0), rate)
+    assert len(load.sessions(0)) == max(1, round(rate * 5))
+    assert load.warmup_s == 0.0
