@@ -125,15 +125,22 @@ def test_large_blocks_travel_in_frames_and_are_not_copied_to_be_sent(
     assert d.kv.num_dropped == 0 and p.kv.retry_ms is None
 
 
+def heard(p: Host, d: Host) -> list[Received]:
+    """What D hears and does not act on: Starting, once it has accepted the connection, and
+    whatever comes. P takes nothing more."""
+    got: list[Received] = []
+    d.take = got.extend  # type: ignore[method-assign, assignment]
+    drive([p, d], lambda: bool(got))
+    p.take = list  # type: ignore[method-assign, assignment]
+    return got
+
+
 def test_blocks_that_lie_one_behind_the_other_are_one_frame(make_host: MakeHost) -> None:
     """Of four blocks in a message, in P's pool: 3 and 4, 9, 5."""
     p, d = make_host("p"), make_host("d")
     p.fill(10)
     p.start(A, d.address, 4)
-    got: list[Received] = []
-    d.take = got.extend  # type: ignore[method-assign, assignment]
-    drive([p, d], lambda: bool(got))
-    p.take = list  # type: ignore[method-assign, assignment]
+    got = heard(p, d)
     p.kv.send(SendBlocks(d.address, Chunk(Key.of(A), 0, 4), (3, 4, 9, 5)), p.now)
     drive([p, d], lambda: any(isinstance(event.message, Chunk) for event in got))
     (event,) = [event for event in got if isinstance(event.message, Chunk)]
@@ -413,10 +420,7 @@ def test_checksums_travel_and_damage_is_not_written(make_host: MakeHost) -> None
     p, d = make_host("p"), make_host("d")
     p.fill(2)
     p.start(A, d.address, 2)
-    got: list[Received] = []
-    d.take = got.extend  # type: ignore[method-assign, assignment]
-    drive([p, d], lambda: bool(got))  # D accepts the connection, and hears Starting
-    p.take = list  # type: ignore[method-assign, assignment]
+    got = heard(p, d)
     p.kv.send(chunks(d, 1, 2)[0], p.now)
     drive([p, d], lambda: any(isinstance(event.message, Chunk) for event in got))
     (event,) = [event for event in got if isinstance(event.message, Chunk)]
