@@ -279,7 +279,7 @@ def _prefill_replay() -> float:
     chunks = Chunks.create((100, 33, 128), contexts, num_q_heads=32)
     table = contexts.block_tables[:1].clone()
     bounds = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
-    most = PrefillBatch(table, (128,), (1500,), (0, 128), bounds)
+    most = PrefillBatch.captured(table, bounds, 128, 1500)
     q = torch.zeros(128, 32, 128, dtype=torch.bfloat16, device=DEVICE)
 
     def step() -> Tensor:

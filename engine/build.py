@@ -26,6 +26,7 @@ from .slots import SlotTable
 from .upload import uploader
 from .warm_up import warm_up
 from .weights import dummy_weights, load_weights
+from .whole_graphs import WholeGraphs
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +101,16 @@ def build_engine(
             device=device,
         )
 
-    graphs = chunk_graphs = None
+    graphs = whole_graphs = chunk_graphs = None
     if device.type == "cuda" and os.environ.get(GRAPHS_SWITCH) != "0":
         with torch.inference_mode():
             graphs = DecodeGraphs(model, table, new_workspace, max_slots)
             graphs.capture_all()
             chunk_graphs = ChunkGraphs(model, table, max_step_tokens)
             chunk_graphs.capture_all()
+            sizes, worth = chunk_graphs.sizes, chunk_graphs.worth
+            whole_graphs = WholeGraphs(model, table, new_workspace, sizes=sizes, worth=worth)
+            whole_graphs.capture_all()
     engine = TorchEngine(
         model=model,
         table=table,
@@ -124,6 +128,7 @@ def build_engine(
         upload=upload,
         precision=precision,
         graphs=graphs,
+        whole_graphs=whole_graphs,
         chunk_graphs=chunk_graphs,
     )
     if device.type == "cuda":

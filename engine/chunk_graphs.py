@@ -5,8 +5,7 @@ for it each time. All that lies between two attentions looks at tokens one by on
 captured once for a number of tokens, and a step is padded to the next number. What this
 saves is the host's time: some ten launches a layer become one.
 
-One chunk behind a prefix, which is what a long prompt or a cached one comes down to, is
-captured with its attention: that reads from device memory how long its row is.
+Many steps go into one graph with their attention (``whole_graphs``); here are the others.
 
     capture    a graph before the first layer's attention, between each two, and after the last;
                they hand on queries, keys, values and what was attended to in buffers of fixed
@@ -24,7 +23,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.prefill_attention import PrefillBatch
 from .batch import Batch, token_arrays
 from .model import Attention, Heads, Model, Tokens
 from .slots import SlotTable
@@ -34,8 +32,6 @@ _T = TypeVar("_T")
 _LAYER_MICROS = 700.0  # what the host takes for a layer's launches, at its slower times
 _TERAFLOPS = 600.0
 _MOST_EXACT = 2048
-_WHOLE_CONTEXT = 16384  # tokens that a chunk captured whole may attend to
-_WHOLE_SHARE = 64  # and how many for each new one: beyond, attention has another path
 
 
 def chunk_sizes(max_tokens: int, worth: int) -> tuple[int, ...]:
@@ -55,23 +51,11 @@ def fitting(sizes: Sequence[int], worth: int, num_tokens: int) -> int | None:
     return sizes[at]
 
 
-def can_be_whole(size: int, most_context: int) -> bool:
-    """Whether a chunk of ``size`` tokens is captured with its attention: not where the longest
-    context would be attended to in another way than most."""
-    return size < most_context <= _WHOLE_SHARE * size
-
-
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graphs: tuple[torch.cuda.CUDAGraph, ...]  # one more than layers
     inputs: Tensor  # [bytes] uint8, packed as ``token_arrays``
     heads: Heads  # views of the shared buffer
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    graph: torch.cuda.CUDAGraph
-    inputs: Tensor  # [bytes] uint8, packed as ``token_arrays``
 
 
 class ChunkGraphs:
@@ -83,13 +67,9 @@ class ChunkGraphs:
         shape, weights = model.shape, model.weights
         per_layer = weights.step_bytes / weights.lm_head.element_size() / shape.num_layers
         # With more tokens a layer keeps the GPU longer than its launches keep the host.
-        self._worth = int(_LAYER_MICROS * _TERAFLOPS * 1e6 / (2 * per_layer))
-        self.sizes = chunk_sizes(max_tokens, self._worth)
+        self.worth = int(_LAYER_MICROS * _TERAFLOPS * 1e6 / (2 * per_layer))
+        self.sizes = chunk_sizes(max_tokens, self.worth)
         self._captured: dict[int, _Captured] = {}
-        self._whole: dict[int, _Whole] = {}
-        self._most_context = min(_WHOLE_CONTEXT, table.max_context)
-        self._block_table = torch.zeros_like(table.block_tables[:1])  # of the chunk run whole
-        self._bounds = torch.zeros(2, 2, dtype=torch.int32, device=self._block_table.device)
         self._memory = torch.cuda.graph_pool_handle()
         most = self.sizes[-1] if self.sizes else 0
 
@@ -102,33 +82,18 @@ class ChunkGraphs:
 
     def size_for(self, num_tokens: int) -> int | None:
         """None where each kernel is launched."""
-        return fitting(self.sizes, self._worth, num_tokens)
+        return fitting(self.sizes, self.worth, num_tokens)
 
     def capture_all(self) -> None:
         """The largest first: the smaller ones fit into its memory."""
         for size in reversed(self.sizes):
             self._at(size)
-            if can_be_whole(size, self._most_context):
-                self._whole_at(size)
 
     def run(self, batch: Batch, size: int, attention: Attention, at: Tensor | None) -> Tensor:
         """The last layer's normed output ``[S, hidden]`` for the tokens ``at[S]``, None: all."""
         count = batch.num_tokens
-        inputs = pack(token_arrays(batch, size, self._table))
-        chunks = attention.chunks
-        if chunks is not None and self._runs_whole(attention, size):
-            whole = self._whole_at(size)
-            whole.inputs.copy_(inputs, non_blocking=True)
-            self._block_table.copy_(chunks.block_tables)
-            self._bounds.copy_(chunks.bounds)
-            whole.graph.replay()
-        else:
-            self._run_layers(inputs, count, size, attention)
-        left = self._left[:count] if at is None else self._left.index_select(0, at)
-        return self._model.final_norm(left)
-
-    def _run_layers(self, inputs: Tensor, count: int, size: int, attention: Attention) -> None:
         captured = self._at(size)
+        inputs = pack(token_arrays(batch, size, self._table))
         captured.inputs.copy_(inputs, non_blocking=True)
         heads = captured.heads
         mine = Heads(heads.q[:count], heads.k[:count], heads.v[:count])
@@ -137,13 +102,8 @@ class ChunkGraphs:
             graph.replay()
             self._model.attend(layer, mine, attention, attended)
         captured.graphs[-1].replay()
-
-    def _runs_whole(self, attention: Attention, size: int) -> bool:
-        chunks = attention.chunks
-        if chunks is None or attention.num_singles or len(chunks.new_lens) > 1:
-            return False
-        fits = chunks.context_lens[0] <= self._most_context
-        return chunks.has_prefix and fits and can_be_whole(size, self._most_context)
+        left = self._left[:count] if at is None else self._left.index_select(0, at)
+        return self._model.final_norm(left)
 
     def _at(self, size: int) -> _Captured:
         if size not in self._captured:
@@ -181,42 +141,6 @@ class ChunkGraphs:
         last = residual
         self._record(graphs, lambda: leave(last))
         return _Captured(tuple(graphs), inputs, heads)
-
-    def _whole_at(self, size: int) -> _Whole:
-        if size not in self._whole:
-            self._whole[size] = self._capture_whole(size)
-        return self._whole[size]
-
-    def _capture_whole(self, size: int) -> _Whole:
-        """As ``_capture``, but for the longest row; the bounds of a run say how long it is."""
-        model, device = self._model, self._qkv.device
-        inputs, tokens = self._new_inputs(size)
-        qkv, left = self._qkv[:size], self._left[:size]
-        longest = PrefillBatch(
-            self._block_table, (size,), (self._most_context,), (0, size), self._bounds
-        )
-        attention = Attention(0, None, longest)
-
-        def attend(layer: int, heads: Heads) -> Tensor:
-            attended = self._attended[:size]
-            return model.attend(layer, heads, attention, attended.view(heads.q.shape))
-
-        def step() -> None:
-            heads, residual = model.enter(self._looked_up(tokens), qkv)
-            for layer in range(model.shape.num_layers - 1):
-                attended = attend(layer, heads)
-                heads, residual = model.cross(layer, attended, residual, tokens, qkv)
-            model.leave(attend(model.shape.num_layers - 1, heads), residual, left)
-
-        self._bounds.zero_()  # no new token and no context
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            attend(0, model.enter(self._looked_up(tokens), qkv)[0])
-        torch.cuda.current_stream(device).wait_stream(side)
-        graphs: list[torch.cuda.CUDAGraph] = []
-        self._record(graphs, step)
-        return _Whole(graphs[0], inputs)
 
     def _new_inputs(self, size: int) -> tuple[Tensor, Tokens]:
         """A packed buffer and its views; in place of token ids, where they are looked up."""

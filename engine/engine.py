@@ -29,6 +29,7 @@ from .shape import ModelShape
 from .slots import SlotTable
 from .upload import Upload
 from .weights import ModelWeights
+from .whole_graphs import WholeGraphs
 
 
 class TorchEngine:
@@ -46,10 +47,11 @@ class TorchEngine:
         upload: Upload,
         precision: Precision,
         graphs: DecodeGraphs | None,
+        whole_graphs: WholeGraphs | None,
         chunk_graphs: ChunkGraphs | None,
     ) -> None:
-        """``graphs`` are for decode steps on a GPU, ``chunk_graphs`` for those that read prompts;
-        without them each kernel is launched."""
+        """``graphs`` are for decode steps on a GPU, the others for those that read prompts, as far
+        as one graph can hold them; without them each kernel is launched."""
         self.kv = kv
         self.limits = limits
         self.precision = precision
@@ -59,6 +61,7 @@ class TorchEngine:
         self._workspace = new_workspace(limits.max_slots)
         self._upload = upload
         self._graphs = graphs
+        self._whole_graphs = whole_graphs
         self._chunk_graphs = chunk_graphs
 
     @torch.inference_mode()
@@ -102,6 +105,10 @@ class TorchEngine:
         """The model over the batch: logits ``[S, vocab]`` of the sampled rows."""
         if self._graphs is not None and batch.all_sampled:
             return self._graphs.run(batch.singles)
+        whole = self._whole_graphs
+        if whole is not None and (key := whole.size_for(batch)) is not None:
+            (sampled_at,) = self._upload((batch.sampled.at,))
+            return self._model.logits(whole.run(batch, key, sampled_at))
         attention, at = self._attention(batch)
         chunk_graphs = self._chunk_graphs
         size = chunk_graphs.size_for(batch.num_tokens) if chunk_graphs is not None else None

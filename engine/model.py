@@ -40,7 +40,11 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """How a step's tokens attend: first those of B rows with one new token, then the chunks'."""
+    """How a step's tokens attend: first those of B rows with one new token, then the chunks'.
+
+    Where the chunks are ``placed`` by the device, ``num_singles`` is the most there may be: what
+    is none of them is attended to by the chunks, or is padding.
+    """
 
     num_singles: int
     singles: DecodeWorkspace | None  # prepared for the single rows, where there are any
@@ -80,16 +84,16 @@ class Model:
 
         Writes the batch's keys and values into the cache.
         """
-        heads, residual = self.enter(tokens)
-        for layer in range(self.shape.num_layers - 1):
-            heads, residual = self.cross(
-                layer, self.attend(layer, heads, attention), residual, tokens
-            )
-        last = self.shape.num_layers - 1
-        x, residual = self._rest(last, self.attend(last, heads, attention), residual)
+        attended, residual = self._to_last(tokens, attention)
+        x, residual = self._rest(self.shape.num_layers - 1, attended, residual)
         if at is not None:
             x, residual = x.index_select(-2, at), residual.index_select(0, at)
         return rms_norm(x, self.weights.final_norm, self.shape.rms_norm_eps, residual)[0]
+
+    def pass_through(self, tokens: Tokens, attention: Attention, out: Tensor) -> None:
+        """As ``hidden`` for all tokens, not normed, into ``out[T, hidden]``."""
+        attended, residual = self._to_last(tokens, attention)
+        self.leave(attended, residual, out)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """``hidden[S, hidden]`` -> ``[S, vocab]``, into ``out`` where given."""
@@ -119,7 +123,9 @@ class Model:
         if count:
             assert attention.singles is not None
             decode_attention(q[:count], kv_layer, self._scale, attention.singles, out[:count])
-        if chunks is not None:
+        if chunks is not None and chunks.placed:
+            prefill_attention(q, k, v, kv_layer, self._scale, chunks, out)
+        elif chunks is not None:
             prefill_attention(
                 *(q[count:], k[count:], v[count:]), kv_layer, self._scale, chunks, out[count:]
             )
@@ -147,6 +153,15 @@ class Model:
     def final_norm(self, left: Tensor) -> Tensor:
         """Of rows that ``leave`` gave, ``[S, hidden]``."""
         return rms_norm(left, self.weights.final_norm, self.shape.rms_norm_eps)[0]
+
+    def _to_last(self, tokens: Tokens, attention: Attention) -> tuple[Tensor, Tensor]:
+        """What the last layer attended to, ``[T, Hq * D]``, and its residual ``[T, hidden]``."""
+        heads, residual = self.enter(tokens)
+        for layer in range(self.shape.num_layers - 1):
+            heads, residual = self.cross(
+                layer, self.attend(layer, heads, attention), residual, tokens
+            )
+        return self.attend(self.shape.num_layers - 1, heads, attention), residual
 
     def _rest(self, layer: int, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """A layer after its attention: the MLP's output, or its parts, and the residual."""

@@ -27,6 +27,7 @@ class PrefillBatch:
     context_lens: tuple[int, ...]  # [B] prefix + new tokens
     q_starts: tuple[int, ...]  # [B + 1] where each row starts in q; the last is T
     bounds: Tensor  # [2, B + 1] int32: q_starts, and running sums of context_lens
+    placed: bool = False  # the first row begins where ``bounds`` says, behind other tokens
 
     @classmethod
     def create(
@@ -40,6 +41,20 @@ class PrefillBatch:
         if block_tables.is_cuda:
             bounds = bounds.pin_memory().to(block_tables.device, non_blocking=True)
         return cls(block_tables, tuple(new_lens), tuple(context_lens), q_starts, bounds)
+
+    @classmethod
+    def captured(
+        cls,
+        block_tables: Tensor,
+        bounds: Tensor,
+        size: int,
+        most_context: int,
+        placed: bool = False,
+    ) -> PrefillBatch:
+        """For a graph: each of ``block_tables[B, max_blocks]``'s rows may have up to ``size`` new
+        tokens and ``most_context`` in all; ``bounds[2, B + 1]`` say at each replay what it has."""
+        rows = len(block_tables)
+        return cls(block_tables, (size,) * rows, (most_context,) * rows, (), bounds, placed)
 
     @property
     def has_prefix(self) -> bool:
@@ -66,16 +81,22 @@ def prefill_attention(
         from .gpu.prefill_attention import prefill_attention as launch
 
         return launch(q, k, v, kv_layer, scale, batch, out)
-    found = prefill_attention_reference(q, k, v, kv_layer, scale, batch)
-    return found if out is None else out.copy_(found)
+    return prefill_attention_reference(q, k, v, kv_layer, scale, batch, out)
 
 
 def prefill_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, kv_layer: Tensor, scale: float, batch: PrefillBatch
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_layer: Tensor,
+    scale: float,
+    batch: PrefillBatch,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The same in plain torch, a row at a time."""
+    """The same in plain torch, a row at a time; tokens of no row are left as they are."""
     block_size = kv_layer.shape[3]
-    out = torch.empty(q.shape, dtype=q.dtype)  # [T, Hq, D]
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype)  # [T, Hq, D]
     for row, (num_new, length) in enumerate(zip(batch.new_lens, batch.context_lens, strict=True)):
         mine = slice(batch.q_starts[row], batch.q_starts[row + 1])
         if num_new == length:

@@ -34,6 +34,8 @@ class PrefillPath(Enum):
 
 def choose(batch: PrefillBatch, dtype: torch.dtype, head_dim: int) -> PrefillPath:
     """The selection point: a function of shapes alone."""
+    if batch.placed:
+        return PrefillPath.PAGED  # it alone takes rows from wherever they begin
     num_new = sum(batch.new_lens)
     if batch.has_prefix:
         few = sum(batch.context_lens) > _MAX_GATHERED * num_new

@@ -11,13 +11,15 @@ import torch
 from tiny_models import GREEDY, launch, new, random_prompt
 
 from pdserve.core.plan import NewSequence, Row, StepPlan
-from pdserve.engine.batch import Batch, SingleRows, describe, padded, token_arrays
-from pdserve.engine.chunk_graphs import can_be_whole, chunk_sizes, fitting
+from pdserve.engine.batch import Batch, ChunkRows, SingleRows, describe, padded, token_arrays
+from pdserve.engine.chunk_graphs import chunk_sizes, fitting
 from pdserve.engine.graphs import decode_step, ladder
-from pdserve.engine.model import Tokens
+from pdserve.engine.model import Attention, Tokens
 from pdserve.engine.slots import SlotTable
 from pdserve.engine.upload import pack_into, unpack, uploader
 from pdserve.engine.warm_up import warm_up_plans
+from pdserve.engine.whole_graphs import Kind, gathers, kind_of, step_arrays
+from pdserve.kernels.prefill_attention import PrefillBatch
 
 CPU = torch.device("cpu")
 
@@ -214,10 +216,67 @@ def test_warm_up_stays_within_the_engines_limits(most: int) -> None:
 
 
 def test_a_chunk_is_captured_with_its_attention_where_that_has_one_path() -> None:
-    assert [can_be_whole(size, 16384) for size in (128, 192, 256, 512)] == [
-        False,
-        False,
-        True,
-        True,
-    ]
-    assert not can_be_whole(512, 512), "no chunk of that size has a prefix"
+    assert [gathers(size, 16384) for size in (128, 192, 256, 512)] == [False, False, True, True]
+    assert not gathers(512, 512), "no chunk of that size has a prefix"
+
+
+def test_a_whole_step_equals_its_parts(llama_folder: Path) -> None:
+    """What one graph captures, run on the CPU: rows and chunks lie where the arrays say, and
+    room for more of either changes nothing."""
+    engine = tiny_models.engine_of(llama_folder)
+    table, model, shape = engine._table, engine._model, engine.shape
+    for slot, length in ((0, 5), (6, 40), (2, 17)):
+        blocks = (slot, slot + 20, slot + 40)
+        launch(engine, new(slot, random_prompt(length, seed=slot), blocks), Row(slot, 0, length))
+    longer = new(6, random_prompt(45, seed=6), (6, 26, 46))
+    fresh = new(3, random_prompt(20, seed=3), (3, 23))
+    rows = (Row(0, 5, 1), Row(2, 17, 1), Row(6, 16, 29), Row(3, 0, 20))
+    with torch.inference_mode():
+        table.apply(StepPlan((longer, fresh), rows))
+        batch = describe(StepPlan((), rows), table)
+        assert kind_of(batch, 64) is Kind.BESIDE
+        arrays = step_arrays(batch, 64, 7, table)
+        index, positions, cache_slots, slots, lens, chunk_slots, bounds = map(
+            torch.from_numpy, arrays
+        )
+        assert lens.tolist() == [6, 18, 0, 0, 0, 0, 0]
+        assert bounds.tolist() == [[2, 31, 51, 51, 51], [0, 45, 65, 65, 65]]
+        assert chunk_slots[:2].tolist() == [6, 3]
+        engine._workspace.prepare(table.block_tables[slots], lens)
+        chunks = PrefillBatch(
+            *(table.block_tables[chunk_slots], (29, 20), (45, 20)),
+            tuple(bounds[0].tolist()),
+            bounds,
+            placed=True,
+        )
+        tokens = Tokens(table.token_ids.view(-1)[index], positions, cache_slots)
+        left = torch.full((64, shape.hidden_size), torch.nan)
+        model.pass_through(tokens, Attention(7, engine._workspace, chunks), left)
+        found = model.final_norm(left[torch.from_numpy(batch.sampled.at)])
+        attention, at = engine._attention(batch)
+        index, positions, cache_slots = map(torch.from_numpy, token_arrays(batch, 51, table))
+        tokens = Tokens(table.token_ids.view(-1)[index], positions, cache_slots)
+        assert torch.allclose(found, model.hidden(tokens, attention, at), atol=1e-5)
+
+
+def test_what_one_graph_holds() -> None:
+    def batch(singles: int, *chunks: tuple[int, int]) -> Batch:
+        rows = np.zeros(singles, np.int64)
+        return Batch(
+            SingleRows(rows, rows, rows, rows, np.ones(singles, np.int32)),
+            ChunkRows(
+                *(rows,) * 3,
+                np.zeros(len(chunks), np.int64),
+                tuple(count for count, _ in chunks),
+                tuple(context for _, context in chunks),
+            ),
+            Batch.none().sampled,
+        )
+
+    assert kind_of(batch(3), 1000) is None
+    assert kind_of(batch(3, *[(16, 16)] * 4), 1000) is Kind.BESIDE
+    assert kind_of(batch(3, *[(16, 16)] * 5), 1000) is None
+    assert kind_of(batch(0, (512, 512)), 1000) is None, "dense attention is faster"
+    assert kind_of(batch(0, (512, 900)), 1000) is Kind.BEHIND
+    assert kind_of(batch(0, (512, 1001)), 1000) is None
+    assert kind_of(batch(0, (64, 900), (64, 900)), 1000) is None

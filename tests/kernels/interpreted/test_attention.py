@@ -139,7 +139,7 @@ def test_what_is_launched_for_a_long_row_serves_a_short_one(length: int) -> None
         (length,), num_kv_heads=2, head_dim=64, dtype=torch.float32, poisoned_tails=True
     )
     chunks = Chunks.create((9,), contexts, num_q_heads=4)
-    most = PrefillBatch(contexts.block_tables, (16,), (200,), (0, 16), chunks.batch.bounds)
+    most = PrefillBatch.captured(contexts.block_tables, chunks.batch.bounds, 16, 200)
     wide = torch.cat((chunks.q, torch.full((7, 4, 64), torch.nan)))
     torch.use_deterministic_algorithms(True)
     try:
@@ -150,6 +150,24 @@ def test_what_is_launched_for_a_long_row_serves_a_short_one(length: int) -> None
     assert relative_error(out[:9], chunks.exact(SCALE)) < TOLERANCE[torch.float32]
     end = min(-(-length // 128) * 128, 200)
     assert not k[length:end].any() and not v[length:end].any()
+
+
+def test_chunks_begin_wherever_the_device_says() -> None:
+    """As a graph of a whole step has them: more rows than there are, behind other tokens."""
+    contexts = PagedContexts.create(
+        (30, 9), num_kv_heads=2, head_dim=64, dtype=torch.float32, poisoned_tails=True
+    )
+    chunks = Chunks.create((11, 9), contexts, num_q_heads=4)
+    tables = torch.cat((contexts.block_tables, torch.zeros_like(contexts.block_tables)))
+    bounds = torch.tensor([(3, 14, 23, 23, 23), (0, 30, 39, 39, 39)], dtype=torch.int32)
+    most = PrefillBatch.captured(tables, bounds, size=32, most_context=64, placed=True)
+    assert choose(most, torch.float16, 64) is PrefillPath.PAGED
+    q = torch.full((32, 4, 64), torch.nan)
+    q[3:23] = chunks.q
+    out = torch.full((32, 4, 64), 7.0)
+    paged_attention(q, contexts.kv_layer, SCALE, most, out=out, tuning=RaggedTuning(32, 16))
+    assert relative_error(out[3:23], chunks.exact(SCALE)) < TOLERANCE[torch.float32]
+    assert (out[:3] == 7).all() and (out[23:] == 7).all()
 
 
 @pytest.mark.parametrize(

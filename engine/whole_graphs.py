@@ -1,0 +1,203 @@
+"""CUDA graphs of whole steps that read prompts: one launch instead of some hundreds.
+
+In a step with a batch and a chunk beside it the GPU does little more than in the batch's own,
+and the host, launching each attention of each layer, would take longer than that. So all of it is
+captured, attention as well, for a number of tokens; a step is padded to the next number. How the
+tokens divide among sequences is read from device memory at each replay:
+
+    beside    up to as many rows of one new token as there are tokens or slots, then up to
+              four chunks. The rows are attended to first, those that are none read as zeros;
+              then the chunks, wherever they begin, over the pool's blocks
+    behind    one long chunk behind a prefix, which is what a long prompt or a cached one comes
+              down to: attention over its gathered context
+
+What neither serves goes layer by layer: see ``chunk_graphs``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.progress import Progress
+from ..kernels.decode_attention import DecodeWorkspace
+from ..kernels.prefill_attention import PrefillBatch
+from .batch import Batch, padded, token_arrays
+from .model import Attention, Model, Tokens
+from .slots import Ints, SlotTable
+from .upload import Array, pack, unpack
+
+MOST_CHUNKS = 4
+_GATHERED_CONTEXT = 16384  # tokens that one chunk's gathered context may have
+_GATHERED_SHARE = 64  # and how many for each new one: beyond, attention has another path
+
+
+class Kind(Enum):
+    BESIDE = auto()
+    BEHIND = auto()
+
+
+def kind_of(batch: Batch, most_context: int) -> Kind | None:
+    """None: no graph holds such a step. ``most_context``: what is gathered at most."""
+    chunks = batch.chunks
+    if len(batch.singles):
+        return Kind.BESIDE if 0 < len(chunks) <= MOST_CHUNKS else None
+    if len(chunks) != 1 or chunks.new_lens == chunks.context_lens:
+        return None
+    return Kind.BEHIND if chunks.context_lens[0] <= most_context else None
+
+
+def gathers(size: int, most_context: int) -> bool:
+    """Whether a chunk of ``size`` tokens may be captured behind a prefix: not where the longest
+    context would be attended to in another way than most."""
+    return size < most_context <= _GATHERED_SHARE * size
+
+
+def step_arrays(batch: Batch, size: int, most_rows: int, table: SlotTable) -> tuple[Array, ...]:
+    """What a step's graph reads, padded: the tokens' ``(token_index, positions, cache_slots)``
+    [size] each; the single rows' slots and context_lens [most_rows]; the chunks' slots
+    [MOST_CHUNKS] and their bounds [2, MOST_CHUNKS + 1], as ``PrefillBatch`` has them but
+    counted from the step's first token. Chunks that are none begin and end at the last one's end.
+    """
+    singles = padded(batch.singles, most_rows, table) if most_rows else batch.singles
+    chunks = batch.chunks
+    more = MOST_CHUNKS - len(chunks)
+    slots: Ints = np.concatenate((chunks.slots, np.full(more, table.scratch, np.int64)))
+    bounds = np.zeros((2, MOST_CHUNKS + 1), np.int32)
+    bounds[0, 0] = len(batch.singles)
+    lens = (chunks.new_lens + (0,) * more, chunks.context_lens + (0,) * more)
+    bounds[:, 1:] = lens
+    return (
+        *token_arrays(batch, size, table),
+        singles.slots,
+        singles.context_lens,
+        slots,
+        np.cumsum(bounds, axis=1, dtype=np.int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor  # [bytes] uint8, packed as ``step_arrays``
+    most_rows: int
+
+
+class WholeGraphs:
+    """Captures on demand, or all sizes ahead with ``capture_all``."""
+
+    def __init__(
+        self,
+        model: Model,
+        table: SlotTable,
+        new_workspace: Callable[[int], DecodeWorkspace],
+        *,
+        sizes: Sequence[int],
+        worth: int,
+    ) -> None:
+        """``sizes``: numbers of tokens, ascending. Beyond ``worth`` tokens the GPU takes longer
+        than the host's launches do, and a step is not padded."""
+        self._model = model
+        self._table = table
+        self._sizes = sizes
+        self._worth = worth
+        self._most_context = min(_GATHERED_CONTEXT, table.max_context)
+        self._captured: dict[tuple[Kind, int], _Captured] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        self._most_rows = min(table.scratch, max((s for s in sizes if s <= worth), default=1))
+        self._workspace = new_workspace(self._most_rows)  # steps run one after the other
+        most = sizes[-1] if sizes else 0
+        weights = model.weights
+        self._left = weights.embedding.new_zeros(  # [most, hidden]
+            most, model.shape.hidden_size, dtype=weights.final_norm.dtype
+        )
+
+    def size_for(self, batch: Batch) -> tuple[Kind, int] | None:
+        """The graph in which the step runs, if any."""
+        kind = kind_of(batch, self._most_context)
+        at = bisect_left(self._sizes, batch.num_tokens)
+        if kind is None or at == len(self._sizes):
+            return None
+        size = self._sizes[at]
+        if size > self._worth and (kind is Kind.BESIDE or size != batch.num_tokens):
+            return None
+        if kind is Kind.BEHIND and not gathers(size, self._most_context):
+            return None
+        return kind, size
+
+    def capture_all(self) -> None:
+        """The largest first: the smaller ones fit into its memory."""
+        wanted = [
+            (kind, size)
+            for size in reversed(self._sizes)
+            for kind in Kind
+            if (size <= self._worth if kind is Kind.BESIDE else gathers(size, self._most_context))
+        ]
+        with Progress("capturing steps with prompts", len(wanted)) as progress:
+            for key in wanted:
+                self._at(*key)
+                progress.advance(1)
+
+    def run(self, batch: Batch, key: tuple[Kind, int], at: Tensor) -> Tensor:
+        """The last layer's normed output ``[S, hidden]`` for the tokens ``at[S]``."""
+        captured = self._at(*key)
+        arrays = step_arrays(batch, key[1], captured.most_rows, self._table)
+        captured.inputs.copy_(pack(arrays), non_blocking=True)
+        captured.graph.replay()
+        return self._model.final_norm(self._left.index_select(0, at))
+
+    def _at(self, kind: Kind, size: int) -> _Captured:
+        key = kind, size
+        if key not in self._captured:
+            self._captured[key] = self._capture(kind, size)
+        return self._captured[key]
+
+    def _capture(self, kind: Kind, size: int) -> _Captured:
+        most_rows = min(size, self._most_rows) if kind is Kind.BESIDE else 0
+        empty = step_arrays(Batch.none(), size, most_rows, self._table)
+        inputs = pack(empty).to(self._left.device)
+        views = unpack(inputs, empty)
+        # Kernels are compiled and libraries set up by their first call, which a capture refuses.
+        side = torch.cuda.Stream(inputs.device)
+        side.wait_stream(torch.cuda.current_stream(inputs.device))
+        with torch.cuda.stream(side):
+            self._step(kind, views)
+        torch.cuda.current_stream(inputs.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            self._step(kind, views)
+        return _Captured(graph, inputs, most_rows)
+
+    def _step(self, kind: Kind, views: Sequence[Tensor]) -> None:
+        """The model over padded inputs, into ``_left``. All that it reads stays at its address."""
+        index, positions, cache_slots, slots, context_lens, chunk_slots, bounds = views
+        size, tables = len(index), self._table.block_tables
+        if kind is Kind.BESIDE:
+            self._workspace.prepare(tables.index_select(0, slots), context_lens)
+            chunks = PrefillBatch.captured(
+                tables.index_select(0, chunk_slots),
+                bounds,
+                size,
+                self._table.max_context,
+                placed=True,
+            )
+        else:
+            # The first of the chunks and the only one.
+            chunks = PrefillBatch.captured(
+                tables.index_select(0, chunk_slots[:1]),
+                bounds[:, :2].contiguous(),
+                size,
+                self._most_context,
+            )
+        ids = self._table.token_ids.view(-1).index_select(0, index)
+        self._model.pass_through(
+            Tokens(ids, positions, cache_slots),
+            Attention(len(slots), self._workspace, chunks),
+            self._left[:size],
+        )
