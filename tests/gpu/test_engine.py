@@ -20,6 +20,7 @@ from transformers import (
 from pdserve.bench.driver import StepDriver
 from pdserve.core.params import SamplingParams
 from pdserve.core.plan import NewSequence, Row, SampledToken, StepPlan
+from pdserve.engine.batch import describe
 from pdserve.engine.build import GRAPHS_SWITCH
 from pdserve.engine.engine import TorchEngine
 
@@ -103,6 +104,36 @@ def test_graphs_change_nothing_at_their_own_sizes(
                 if left.token_id != right.token_id:
                     break  # a near-tie in bf16: what follows is another text
                 assert left.logprob == pytest.approx(right.logprob, abs=2 * GAPS[dtype])
+
+
+def test_a_whole_step_draws_what_its_layers_do(
+    dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows and two chunks, one behind a prefix: one graph, or launch by launch."""
+    wanted = SamplingParams(max_tokens=20, temperature=0.0, logprobs=0)
+
+    def sequence(slot: int, length: int) -> NewSequence:
+        blocks = tuple(range(8 * slot, 8 * slot + 8))
+        return NewSequence(slot, random_prompt(length, seed=slot), length, wanted, blocks)
+
+    results = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(GRAPHS_SWITCH, switch)
+        engine = tiny_models.engine_of(folder, device="cuda:0", dtype=dtype)
+        before = tuple(sequence(slot, 21 + slot) for slot in range(3))
+        rows = tuple(Row(slot, 0, 20 + slot) for slot in range(3))
+        engine.launch(StepPlan(before, rows)).wait()
+        engine.launch(StepPlan((sequence(3, 90),), (Row(3, 0, 33, sample=False),))).wait()
+        plan = StepPlan(
+            (sequence(4, 17),),
+            (*(Row(slot, 20 + slot, 1) for slot in range(3)), Row(3, 33, 57), Row(4, 0, 17)),
+        )
+        if engine._whole_graphs is not None:
+            engine._table.apply(plan)
+            assert engine._whole_graphs.size_for(describe(plan, engine._table)) is not None
+        results.append(engine.launch(plan).wait())
+    for captured, eager in zip(*(result.tokens for result in results), strict=True):
+        assert captured.logprob == pytest.approx(eager.logprob, abs=2 * GAPS[dtype])
 
 
 def test_padding_rows_do_no_harm(dtype: str, folder: Path, reference: Answers) -> None:
