@@ -21,25 +21,22 @@ from collections.abc import Iterable, Sequence
 from ..core.generations import Generations
 from ..core.ids import Attempt, WorkerRef
 from ..core.messages import MAX_LINKS, FailureKind, Key, PeerAddress, PeerLink, TokenItem
-from .effects import Granted, Released, Send, SendBlocks, SenderEffect, SendFailed
-from .handshake import BY_REFERENCE, Handshake
+from .effects import Granted, Released, Send, SenderEffect, SendFailed
+from .handshake import Handshake
 from .leases import overdue
 from .messages import (
     Accepted,
     Ack,
     Cancel,
-    Chunk,
-    Commit,
     Complete,
     Grant,
-    Offer,
     PeerBeat,
     Rejected,
     Starting,
     ToSender,
     Withdraw,
 )
-from .outgoing import OutgoingLink, OutgoingTransfer, SentChunk
+from .outgoing import OutgoingLink, OutgoingTransfer
 from .settings import TransferSettings, beats
 
 
@@ -90,7 +87,13 @@ class Sender:
             return []
         link = self._links.get(peer.ref)
         if link is None:
-            link = OutgoingLink(peer, beat_at=now + self._settings.beat_s, quiet_since=now)
+            link = OutgoingLink(
+                address=peer,
+                settings=self._settings,
+                generations=self.generations,
+                beat_at=now + self._settings.beat_s,
+                quiet_since=now,
+            )
             self._links[peer.ref] = link
         transfer = OutgoingTransfer(
             key=Key.of(attempt),
@@ -117,7 +120,7 @@ class Sender:
         left = slice(transfer.first_block or 0, transfer.next_block)
         assert tuple(blocks[left]) == transfer.offered[left], f"{attempt}: blocks that left"
         transfer.offered = tuple(blocks)
-        return self._pump(link, now)
+        return link.pump(now)
 
     def commit(self, attempt: Attempt, token: TokenItem, now: float) -> list[SenderEffect]:
         """The prompt is computed and this is its first token."""
@@ -127,7 +130,7 @@ class Sender:
         link, transfer = found
         transfer.token = token
         transfer.computed_at = now
-        return self._pump(link, now)
+        return link.pump(now)
 
     def withdraw(self, attempt: Attempt, now: float) -> list[SenderEffect]:
         """P takes it back: token 0 was the last, or the request was aborted, or P drops it."""
@@ -138,7 +141,7 @@ class Sender:
         return [
             Send(link.address, Withdraw(transfer.key)),
             *self._end(link, transfer, Released(attempt)),
-            *self._pump(link, now),
+            *link.pump(now),
         ]
 
     # what the rim says
@@ -155,7 +158,7 @@ class Sender:
         transfer.resend_at = max(
             transfer.resend_at, now + self._settings.backoff_s(transfer.num_resends)
         )
-        return [*self._close(link, transfer), *self._pump(link, now)]
+        return [*self._close(link, transfer), *link.pump(now)]
 
     def peer_lost(self, peer: WorkerRef, text: str, now: float) -> list[SenderEffect]:
         """The peer is dead, or its socket was given up. Each send still ends with ``sent``."""
@@ -195,7 +198,7 @@ class Sender:
                         outcome = SendFailed(
                             message.key.attempt, FailureKind.DROPPED, f"{peer} cancelled: {text}"
                         )
-                        return [*self._end(link, transfer, outcome), *self._pump(link, now)]
+                        return [*self._end(link, transfer, outcome), *link.pump(now)]
 
     def tick(self, now: float) -> list[SenderEffect]:
         """Leases, resends, beats. Call it several times a second."""
@@ -209,7 +212,7 @@ class Sender:
                     effects += self._expire(link, transfer, now)
                 elif now >= transfer.resend_at:
                     effects += self._resend(link, transfer, now)
-            effects += self._pump(link, now)
+            effects += link.pump(now)
             if link.transfers:
                 link.quiet_since = now
             elif now - link.quiet_since >= self._settings.lease_s:
@@ -246,7 +249,7 @@ class Sender:
             self.num_dropped += 1
             return []
         link.medium = accepted.medium
-        return self._pump(link, now)
+        return link.pump(now)
 
     def _on_grant(
         self, link: OutgoingLink, transfer: OutgoingTransfer, grant: Grant, now: float
@@ -264,8 +267,8 @@ class Sender:
             return self._give_up(link, transfer, FailureKind.TRANSFER, text, now)
         transfer.first_block = transfer.next_block = grant.first_block
         transfer.granted_at = now
-        self._progress(transfer, now)
-        return [Granted(transfer.key.attempt), *self._pump(link, now)]
+        transfer.progressed(now, self._settings.resend_s)
+        return [Granted(transfer.key.attempt), *link.pump(now)]
 
     def _on_ack(
         self, link: OutgoingLink, transfer: OutgoingTransfer, ack: Ack, now: float
@@ -277,10 +280,10 @@ class Sender:
             self.num_dropped += 1
             return []
         chunk.acked = True
-        self._progress(transfer, now)
+        transfer.progressed(now, self._settings.resend_s)
         if not chunk.sending:
             link.forget(transfer, ack.first_block)
-        return self._pump(link, now)
+        return link.pump(now)
 
     def _on_complete(
         self, link: OutgoingLink, transfer: OutgoingTransfer, now: float
@@ -292,7 +295,7 @@ class Sender:
         worker_id, block_bytes = link.address.worker_id, self._settings.block_bytes
         done = transfer.done(worker_id, link.medium, block_bytes, now)
         outcome = Released(transfer.key.attempt, done)
-        return [*self._end(link, transfer, outcome), *self._pump(link, now)]
+        return [*self._end(link, transfer, outcome), *link.pump(now)]
 
     def _listed(self, link: OutgoingLink, key: Key, now: float) -> list[SenderEffect]:
         transfer = link.transfers.get(key.attempt)
@@ -300,57 +303,6 @@ class Sender:
             return [Send(link.address, Withdraw(key))]
         transfer.lease_until = now + self._settings.lease_s
         return []
-
-    def _progress(self, transfer: OutgoingTransfer, now: float) -> None:
-        transfer.num_resends = 0
-        transfer.resend_at = now + self._settings.resend_s
-
-    def _pump(self, link: OutgoingLink, now: float) -> list[SenderEffect]:
-        """Sends what is offered, granted and within the window, oldest transfer first."""
-        effects: list[SenderEffect] = []
-        if link.medium is None:
-            return effects
-        window = self._settings.window_blocks(link.medium)
-        most = self._settings.chunk_blocks(link.medium)
-        for transfer in link.transfers.values():
-            if transfer.over or not transfer.granted:
-                continue
-            while (ready := len(transfer.offered) - transfer.next_block) > 0:
-                count = min(ready, most)
-                if link.num_inflight + count > window:
-                    return effects
-                first = transfer.next_block
-                transfer.chunks[first] = SentChunk(count)
-                transfer.next_block += count
-                link.num_inflight += count
-                if transfer.moving_at is None:
-                    transfer.moving_at = now
-                effects.append(self._send_chunk(link, transfer, first, count))
-                self._progress(transfer, now)
-            if transfer.commit_due:
-                transfer.commit_sent = True
-                effects.append(self._say_commit(link, transfer))
-                self._progress(transfer, now)
-        return effects
-
-    def _send_chunk(
-        self, link: OutgoingLink, transfer: OutgoingTransfer, first: int, count: int
-    ) -> SendBlocks:
-        ends_here = first + count == transfer.num_blocks
-        tail_tokens = transfer.num_tokens % self._settings.block_size if ends_here else 0
-        blocks = transfer.offered[first : first + count]
-        message: Chunk | Offer
-        if link.medium in BY_REFERENCE:
-            assert self.generations is not None, link.medium
-            message = Offer(transfer.key, first, blocks, self.generations.of(blocks))
-        else:
-            message = Chunk(transfer.key, first, count)
-        return SendBlocks(link.address, message, blocks, tail_tokens)
-
-    @staticmethod
-    def _say_commit(link: OutgoingLink, transfer: OutgoingTransfer) -> Send:
-        assert transfer.token is not None
-        return Send(link.address, Commit(transfer.key, transfer.num_tokens, transfer.token))
 
     def _resend(
         self, link: OutgoingLink, transfer: OutgoingTransfer, now: float
@@ -370,13 +322,7 @@ class Sender:
             return self._give_up(link, transfer, FailureKind.TRANSFER, text, now)
         transfer.num_resends += 1
         transfer.resend_at = now + self._settings.backoff_s(transfer.num_resends)
-        effects: list[SenderEffect] = []
-        for first, chunk in transfer.chunks.items():
-            chunk.sending = True
-            effects.append(self._send_chunk(link, transfer, first, chunk.num_blocks))
-        if transfer.commit_sent:
-            effects.append(self._say_commit(link, transfer))
-        return effects
+        return link.say_again(transfer)
 
     def _expire(
         self, link: OutgoingLink, transfer: OutgoingTransfer, now: float
@@ -404,7 +350,7 @@ class Sender:
         return [
             Send(link.address, Withdraw(transfer.key)),
             *self._end(link, transfer, outcome),
-            *self._pump(link, now),
+            *link.pump(now),
         ]
 
     def _end_all(
