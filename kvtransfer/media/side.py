@@ -60,10 +60,10 @@ class Side(ABC, Generic[AnyLine]):
         """Sends what waited; gives up peers that take nothing; closes what is idle."""
         events: list[KvEvent] = []
         for line in list(self._lines()):
-            if line.queue:
+            if self._known(line) and line.queue:
                 events += self._drain(line, now)
             if not self._known(line):
-                continue
+                continue  # its peer was given up, here or on another of its streams
             if line.blocked_since is not None:
                 if now - line.blocked_since >= self._limits.stall_s:
                     events += self._give_up(line)

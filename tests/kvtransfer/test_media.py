@@ -276,20 +276,26 @@ def chunks(peer: Host, num: int, num_blocks: int) -> list[SendBlocks]:
     ]
 
 
-def test_a_peer_that_stops_reading_loses_its_socket(make_host: MakeHost) -> None:
+@pytest.mark.parametrize("streams", [1, 3])
+def test_a_peer_that_stops_reading_loses_its_sockets(make_host: MakeHost, streams: int) -> None:
     """Its loop stands still: everything queued for it is given back, the others go on."""
-    limits = SocketLimits(stall_s=0.4, high_water=2, max_queue=100)
-    p, hung, well = make_host("p", limits=limits), make_host("hung"), make_host("well")
+    limits = SocketLimits(stall_s=0.4, high_water=2, max_queue=100 // streams)
+    p = make_host("p", limits=limits, streams=streams)
+    hung, well = make_host("hung", limits=limits), make_host("well")
     sent: Counter[int] = Counter()
     events: list[object] = []
-    for effect in chunks(hung, 150, 120):  # 72 MB
+    first, *others = chunks(hung, 150, 120)  # 72 MB
+    events += p.kv.send(first, p.now)
+    while len(p.kv.sockets()) < 2 + streams:
+        events += p.kv.flush(p.now)
+        readable(p, 5)
+    for effect in others:
         events += p.kv.send(effect, p.now)
     p.fill(10)
     well.expect(B, p.ref, 10)
     p.start(B, well.address, 10)
 
     def lost() -> bool:
-        events.extend(p.kv.flush(p.now))
         # what ZeroMQ had begun to send it lets go of soon after
         num_sent = sum(isinstance(event, Sent) for event in events)
         return num_sent == 150 and any(isinstance(event, SocketLost) for event in events)
