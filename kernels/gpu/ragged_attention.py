@@ -4,6 +4,10 @@ A program takes a tile of queries of one row for one KV head; the tile holds all
 of that head (``token * group + head``), so that short rows fill it too. It streams the keys
 with an online softmax (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022),
 first the stretch that no query masks, then the diagonal.
+
+Where the tiles are fewer than the multiprocessors, as with a small chunk behind a long prefix,
+each tile's keys are divided among several programs, and a second launch sums up what they
+found (Flash-Decoding, Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -17,8 +21,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..prefill_attention import PrefillBatch
+from .overlap import await_previous, overlap
 
 _LOG2_E = 1.4426950408889634
+_MOST_SPLITS = 16
+_SUM_PAIRS = 16
+_LEAST_PIECE = 256  # tokens: less is not worth a program and its share of the sum
+_NOTHING_SEEN = tl.constexpr(-1.0e30)  # of a score; infinity less itself would be no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +136,24 @@ def _accumulate(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit
+def _pieces(
+    prefix,
+    num_new,
+    tile,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """Where a tile's keys end, and into pieces of how many tokens they are divided."""
+    end = prefix + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_new - 1) + 1
+    piece = tl.maximum(tl.cdiv(tl.cdiv(end, SPLITS), BLOCK_N) * BLOCK_N, LEAST)
+    return end, piece
+
+
+@triton.jit(do_not_specialize=["batch", "tokens"])
 def _ragged_kernel(
     q_ptr,
     k_source,
@@ -135,7 +161,10 @@ def _ragged_kernel(
     tables_ptr,
     bounds_ptr,
     out_ptr,
+    partial_ptr,
+    log_sums_ptr,
     batch,
+    tokens,
     scale_log2,
     q_stride_token,
     q_stride_head,
@@ -150,19 +179,25 @@ def _ragged_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     PAGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # The tiles with the most keys start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    row = tl.program_id(2)
+    row = tl.program_id(2) // SPLITS
+    split = tl.program_id(2) % SPLITS
     q_start = tl.load(bounds_ptr + row)
     num_new = tl.load(bounds_ptr + row + 1) - q_start
-    if tile * BLOCK_M < num_new * GROUP:
-        context_start = tl.load(bounds_ptr + batch + 1 + row)
-        length = tl.load(bounds_ptr + batch + 2 + row) - context_start
-        prefix = length - num_new
+    context_start = tl.load(bounds_ptr + batch + 1 + row)
+    length = tl.load(bounds_ptr + batch + 2 + row) - context_start
+    prefix = length - num_new
+    end, piece = _pieces(prefix, num_new, tile, GROUP, BLOCK_M, BLOCK_N, SPLITS, LEAST)
+    start = split * piece
+    if (tile * BLOCK_M < num_new * GROUP) & (start < end):
+        stop = tl.minimum(start + piece, end)
 
         packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         new = packed // GROUP
@@ -185,11 +220,10 @@ def _ragged_kernel(
             table = context_start
         column = kv_head * HEAD_DIM
 
-        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        peak = tl.full([BLOCK_M], _NOTHING_SEEN, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         first_new = tile * BLOCK_M // GROUP
-        last_new = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_new - 1)
         diagonal = (prefix + first_new + 1) // BLOCK_N * BLOCK_N
         acc, total, peak = _accumulate(
             acc,
@@ -197,8 +231,8 @@ def _ragged_kernel(
             peak,
             q,
             position,
-            0,
-            diagonal,
+            start,
+            tl.minimum(diagonal, stop),
             k_source,
             v_source,
             table,
@@ -220,8 +254,8 @@ def _ragged_kernel(
             peak,
             q,
             position,
-            diagonal,
-            prefix + last_new + 1,
+            tl.maximum(diagonal, start),
+            stop,
             k_source,
             v_source,
             table,
@@ -237,9 +271,74 @@ def _ragged_kernel(
             True,
             PRECISION,
         )
-        acc = acc / total[:, None]
-        out = out_ptr + ((token * NUM_Q + head) * HEAD_DIM)[:, None] + dim[None, :]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+        # A piece may lie behind all that a query looks at.
+        seen = tl.where(total > 0, total, 1.0)
+        acc = acc / seen[:, None]
+        place = token * NUM_Q + head
+        if (SPLITS == 1) | (end <= piece):
+            out = out_ptr + (place * HEAD_DIM)[:, None] + dim[None, :]
+            tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+        else:
+            place += split * tokens * NUM_Q
+            tl.store(partial_ptr + (place * HEAD_DIM)[:, None] + dim[None, :], acc, mask=q_mask)
+            log_sum = tl.where(total > 0, peak + tl.log2(seen), float("-inf"))
+            tl.store(log_sums_ptr + place, log_sum, mask=new < num_new)
+
+
+@triton.jit(do_not_specialize=["batch", "tokens"])
+def _sum_kernel(
+    partial_ptr,
+    log_sums_ptr,
+    bounds_ptr,
+    out_ptr,
+    batch,
+    tokens,
+    NUM_Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """``PAIRS`` (token, head) pairs of a tile that was attended to in pieces."""
+    first = tl.program_id(0) * PAIRS
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2)
+    await_previous(OVERLAP)
+    q_start = tl.load(bounds_ptr + row)
+    num_new = tl.load(bounds_ptr + row + 1) - q_start
+    length = tl.load(bounds_ptr + batch + 2 + row) - tl.load(bounds_ptr + batch + 1 + row)
+    end, piece = _pieces(
+        length - num_new, num_new, first // BLOCK_M, GROUP, BLOCK_M, BLOCK_N, SPLITS, LEAST
+    )
+    if (first < num_new * GROUP) & (end > piece):
+        packed = first + tl.arange(0, PAIRS)
+        new = packed // GROUP
+        dim = tl.arange(0, BLOCK_D)
+        inside = new < num_new
+        mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+        place = (q_start + new).to(tl.int64) * NUM_Q + kv_head * GROUP + packed % GROUP
+        peak = tl.full([PAIRS], _NOTHING_SEEN, tl.float32)
+        total = tl.zeros([PAIRS], tl.float32)
+        acc = tl.zeros([PAIRS, BLOCK_D], tl.float32)
+        for split in tl.range(0, tl.cdiv(end, piece)):
+            there = place + split * tokens * NUM_Q
+            log_sum = tl.load(log_sums_ptr + there, mask=inside, other=float("-inf"))
+            partial = tl.load(
+                partial_ptr + (there * HEAD_DIM)[:, None] + dim[None, :], mask=mask, other=0.0
+            )
+            new_peak = tl.maximum(peak, log_sum)
+            weight = tl.exp2(log_sum - new_peak)
+            shrink = tl.exp2(peak - new_peak)
+            total = total * shrink + weight
+            acc = acc * shrink[:, None] + partial * weight[:, None]
+            peak = new_peak
+        out = out_ptr + (place * HEAD_DIM)[:, None] + dim[None, :]
+        tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def paged_attention(
@@ -250,8 +349,10 @@ def paged_attention(
     *,
     out: Tensor | None = None,
     tuning: RaggedTuning | None = None,
+    splits: int | None = None,
 ) -> Tensor:
-    """``q[T, Hq, D]`` over the pool's blocks -> ``[T, Hq, D]``."""
+    """``q[T, Hq, D]`` over the pool's blocks -> ``[T, Hq, D]``; ``splits`` of a tile's keys
+    follow from the shapes where none are given."""
     assert kv_layer.stride(4) == 1
     return _launch(
         q,
@@ -266,6 +367,7 @@ def paged_attention(
         batch,
         out,
         tuning or RaggedTuning.suited(q.shape[2], q.dtype, paged=True),
+        splits,
     )
 
 
@@ -278,6 +380,7 @@ def dense_attention(
     *,
     out: Tensor | None = None,
     tuning: RaggedTuning | None = None,
+    splits: int | None = None,
 ) -> Tensor:
     """``q[T, Hq, D]`` over ``k, v[sum of context_lens, Hkv, D]`` -> ``[T, Hq, D]``.
 
@@ -295,7 +398,9 @@ def dense_attention(
         )
         for dense in (k, v)
     ]
-    return _launch(q, sources[0], sources[1], num_kv_heads, 0, 0, 0, 1, scale, batch, out, tuning)
+    return _launch(
+        q, sources[0], sources[1], num_kv_heads, 0, 0, 0, 1, scale, batch, out, tuning, splits
+    )
 
 
 def _launch(
@@ -311,22 +416,37 @@ def _launch(
     batch: PrefillBatch,
     out: Tensor | None,
     tuning: RaggedTuning,
+    splits: int | None,
 ) -> Tensor:
-    """Grid: (tiles of the longest row, Hkv, B)."""
-    _, num_q_heads, head_dim = q.shape
+    """Grids: (tiles of the longest row, Hkv, B * splits), and for the sum of the pieces, if
+    there are any, (groups of ``_SUM_PAIRS`` (token, head) pairs of the longest row, Hkv, B)."""
+    tokens, num_q_heads, head_dim = q.shape
     assert q.stride(2) == 1
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = num_q_heads // num_kv_heads
-    rows = len(batch.new_lens)
-    _ragged_kernel[(triton.cdiv(max(batch.new_lens) * group, tuning.block_m), num_kv_heads, rows)](
+    rows, longest = len(batch.new_lens), max(batch.new_lens)
+    tiles = triton.cdiv(longest * group, tuning.block_m)
+    if splits is None:
+        # A graph has room for more rows than mostly come.
+        splits = _splits(tiles * num_kv_heads * (1 if batch.placed else rows), q.device)
+    partial, log_sums = out, out
+    if splits > 1:
+        partial = torch.empty((splits, tokens, num_q_heads, head_dim), device=q.device)  # fp32
+        log_sums = torch.empty((splits, tokens, num_q_heads), device=q.device)  # fp32, base 2
+    least = triton.cdiv(_LEAST_PIECE, tuning.block_n) * tuning.block_n
+    block_d = triton.next_power_of_2(head_dim)
+    _ragged_kernel[(tiles, num_kv_heads, rows * splits)](
         q,
         k_source,
         v_source,
         batch.block_tables,
         batch.bounds,
         out,
+        partial,
+        log_sums,
         rows,
+        tokens,
         scale * _LOG2_E,
         q.stride(0),
         q.stride(1),
@@ -340,10 +460,42 @@ def _launch(
         BLOCK_SIZE=block_size,
         BLOCK_M=tuning.block_m,
         BLOCK_N=tuning.block_n,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=block_d,
+        SPLITS=splits,
+        LEAST=least,
         PAGED=isinstance(k_source, Tensor),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )
+    if splits > 1:
+        _sum_kernel[(triton.cdiv(longest * group, _SUM_PAIRS), num_kv_heads, rows)](
+            partial,
+            log_sums,
+            batch.bounds,
+            out,
+            rows,
+            tokens,
+            NUM_Q=num_q_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_M=tuning.block_m,
+            BLOCK_N=tuning.block_n,
+            BLOCK_D=block_d,
+            PAIRS=_SUM_PAIRS,
+            SPLITS=splits,
+            LEAST=least,
+            OVERLAP=overlap(),
+            num_warps=4,
+            launch_pdl=overlap(),
+        )
     return out
+
+
+def _splits(programs: int, device: torch.device) -> int:
+    """Into how many pieces each tile's keys go, so that every multiprocessor has one."""
+    multiprocessors = 8
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = max(multiprocessors // programs, 1)
+    return min(1 << (wanted.bit_length() - 1), _MOST_SPLITS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pdserve.bench.kernel_cases import Chunks, PagedContexts, relative_error
+from pdserve.kernels.gpu import ragged_attention
 from pdserve.kernels.gpu.decode_attention import DecodeTuning, SplitWorkspace, decode_attention
 from pdserve.kernels.gpu.gather_contexts import gather_contexts
 from pdserve.kernels.gpu.prefill_attention import PrefillPath, choose
@@ -130,6 +131,41 @@ def test_prefill(
         assert torch.equal(part, torch.cat(rows))
     out = dense_attention(chunks.q, k, v, SCALE, chunks.batch, tuning=tuning)
     assert relative_error(out, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("splits", [2, 8])
+@pytest.mark.parametrize(
+    ("new_lens", "context_lens"),
+    [
+        ((9,), (200,)),
+        ((20,), (20,)),  # the last piece lies behind most queries
+        ((3, 1, 17), (90, 1, 33)),  # rows of several pieces and of one
+    ],
+)
+def test_keys_divided_among_programs(
+    splits: int,
+    new_lens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ragged_attention, "_LEAST_PIECE", 16)
+    contexts = PagedContexts.create(
+        context_lens, num_kv_heads=2, head_dim=80, dtype=torch.float32, poisoned_tails=True
+    )
+    chunks = Chunks.create(new_lens, contexts, num_q_heads=6)
+    exact = chunks.exact(SCALE)
+    tuning = RaggedTuning(block_m=32, block_n=16)
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
+    try:
+        paged = paged_attention(
+            chunks.q, contexts.kv_layer, SCALE, chunks.batch, tuning=tuning, splits=splits
+        )
+        k, v = gather_contexts(contexts.kv_layer, chunks.batch)
+        dense = dense_attention(chunks.q, k, v, SCALE, chunks.batch, tuning=tuning, splits=splits)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert relative_error(paged, exact) < TOLERANCE[torch.float32]
+    assert relative_error(dense, exact) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("length", [37, 128, 199])
