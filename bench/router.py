@@ -64,6 +64,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--window", type=float, default=10.0, help="seconds that are measured")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of router and bare server")
     parser.add_argument("--beside", choices=PROGRAMS, help="another router, the same load")
+    parser.add_argument(
+        "--model", default="smollm2", help="whose tokenizer, without its weights (smollm2)"
+    )
     parser.add_argument("--out", type=Path, help="write the report there as well, JSON")
     arguments = parser.parse_args(argv)
     report: dict[str, Any] = {
@@ -143,7 +146,7 @@ def streams(arguments: argparse.Namespace) -> dict[str, Any]:
         "words": 24,
     }
     interval_s = 1.0 / arguments.rate
-    with _router(interval_s) as (port, pid):
+    with _router(arguments.model, interval_s) as (port, pid):
         for _ in range(arguments.rounds):
             ours = _clients(port, pid, load)
             with _bare(ours["sample"], interval_s) as ((bare_port,), bare_pid):
@@ -212,7 +215,7 @@ def held(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": 4096,
         "words": 24,
     }
-    with _router(20.0) as (port, pid):
+    with _router(arguments.model, 20.0) as (port, pid):
         found = _clients(port, pid, load)
     return {
         "streams": arguments.held,
@@ -229,13 +232,13 @@ def _per_cpu(found: dict[str, Any]) -> float:
 
 
 @contextlib.contextmanager
-def _router(interval_s: float) -> Iterator[tuple[int, int]]:
+def _router(model: str, interval_s: float) -> Iterator[tuple[int, int]]:
     """A router with its workers: its port and process id."""
     from ..engine.prepare import prepare
 
     file = Deployment.model_validate(
         {
-            "model": {"path": "smollm2", "name": "bench", "max_context": 8192},
+            "model": {"path": model, "load": "dummy", "name": "bench", "max_context": 8192},
             "pools": {"mixed": {"workers": _STREAM_WORKERS}},
             "router": {
                 "port": 0,
@@ -248,7 +251,7 @@ def _router(interval_s: float) -> Iterator[tuple[int, int]]:
     )
     with tempfile.TemporaryDirectory(prefix="pd-") as name:
         folder = Path(name)
-        card = replace(prepare(file.model), name="bench", max_context=1 << 14, dummy=True)
+        card = replace(prepare(file.model), name="bench", max_context=1 << 14)
         card.save(folder / "card.json")
         config.save(file, folder / "deployment.json")
         command = ("router", folder / "deployment.json", "--card", folder / "card.json")
