@@ -108,8 +108,13 @@ def build_engine(
             graphs.capture_all()
             chunk_graphs = ChunkGraphs(model, table, max_step_tokens)
             chunk_graphs.capture_all()
-            sizes, worth = chunk_graphs.sizes, chunk_graphs.worth
-            whole_graphs = WholeGraphs(model, table, new_workspace, sizes=sizes, worth=worth)
+            whole_graphs = WholeGraphs(
+                model,
+                table,
+                new_workspace,
+                max_tokens=max_step_tokens,
+                worth=chunk_graphs.worth,
+            )
             whole_graphs.capture_all()
     engine = TorchEngine(
         model=model,

@@ -8,7 +8,8 @@ tokens divide among sequences is read from device memory at each replay:
     beside    up to as many rows of one new token as there are tokens or slots, then up to
               four chunks. The rows are attended to first, those that are none read as zeros;
               then the chunks, wherever they begin, over the pool's blocks
-    behind    one long chunk behind a prefix, which is what a long prompt or a cached one comes
+    short     up to four chunks with few tokens, attended to in the same way
+    behind    one longer chunk behind a prefix, which is what a long prompt or a cached one comes
               down to: attention over its gathered context
 
 What neither serves goes layer by layer: see ``chunk_graphs``.
@@ -28,35 +29,55 @@ from torch import Tensor
 from ..core.progress import Progress
 from ..kernels.decode_attention import DecodeWorkspace
 from ..kernels.prefill_attention import PrefillBatch
-from .batch import Batch, padded, token_arrays
+from .batch import Batch, ChunkRows, padded, token_arrays
+from .chunk_graphs import chunk_sizes
 from .model import Attention, Model, Tokens
 from .slots import Ints, SlotTable
 from .upload import Array, pack, unpack
 
 MOST_CHUNKS = 4
+_MOST_BESIDE = 1024
+_MOST_SHORT = 512
 _GATHERED_CONTEXT = 16384  # tokens that one chunk's gathered context may have
 _GATHERED_SHARE = 64  # and how many for each new one: beyond, attention has another path
 
 
 class Kind(Enum):
     BESIDE = auto()
+    SHORT = auto()
     BEHIND = auto()
 
+    def holds(self, size: int, most_context: int) -> bool:
+        """Whether there is a graph of so many tokens; ``most_context``: what is gathered at most.
 
-def kind_of(batch: Batch, most_context: int) -> Kind | None:
-    """None: no graph holds such a step. ``most_context``: what is gathered at most."""
-    chunks = batch.chunks
+        Behind a prefix, not where the longest context would be attended to in another way than
+        most; and with more tokens than these the GPU takes longer than the host's launches.
+        """
+        match self:
+            case Kind.BESIDE:
+                return size <= _MOST_BESIDE
+            case Kind.SHORT:
+                return size <= _MOST_SHORT
+            case Kind.BEHIND:
+                return size < most_context <= _GATHERED_SHARE * size
+
+
+def kind_of(batch: Batch, size: int, most_context: int) -> Kind | None:
+    """In which graph of ``size`` tokens the step runs; None: in none."""
+    chunks, count = batch.chunks, len(batch.chunks)
     if len(batch.singles):
-        return Kind.BESIDE if 0 < len(chunks) <= MOST_CHUNKS else None
-    if len(chunks) != 1 or chunks.new_lens == chunks.context_lens:
-        return None
-    return Kind.BEHIND if chunks.context_lens[0] <= most_context else None
+        kind = Kind.BESIDE if 0 < count <= MOST_CHUNKS else None
+    elif (
+        count == 1 and _has_gathered(chunks, most_context) and Kind.BEHIND.holds(size, most_context)
+    ):
+        kind = Kind.BEHIND
+    else:
+        kind = Kind.SHORT if count <= MOST_CHUNKS else None
+    return kind if kind is not None and kind.holds(size, most_context) else None
 
 
-def gathers(size: int, most_context: int) -> bool:
-    """Whether a chunk of ``size`` tokens may be captured behind a prefix: not where the longest
-    context would be attended to in another way than most."""
-    return size < most_context <= _GATHERED_SHARE * size
+def _has_gathered(chunks: ChunkRows, most_context: int) -> bool:
+    return chunks.new_lens != chunks.context_lens and chunks.context_lens[0] <= most_context
 
 
 def step_arrays(batch: Batch, size: int, most_rows: int, table: SlotTable) -> tuple[Array, ...]:
@@ -98,21 +119,21 @@ class WholeGraphs:
         table: SlotTable,
         new_workspace: Callable[[int], DecodeWorkspace],
         *,
-        sizes: Sequence[int],
+        max_tokens: int,
         worth: int,
     ) -> None:
-        """``sizes``: numbers of tokens, ascending. Beyond ``worth`` tokens the GPU takes longer
-        than the host's launches do, and a step is not padded."""
+        """Steps have up to ``max_tokens``. One long chunk of more than ``worth`` tokens
+        is not padded."""
         self._model = model
         self._table = table
-        self._sizes = sizes
+        self._sizes = chunk_sizes(max_tokens, _MOST_BESIDE)
         self._worth = worth
         self._most_context = min(_GATHERED_CONTEXT, table.max_context)
         self._captured: dict[tuple[Kind, int], _Captured] = {}
         self._memory = torch.cuda.graph_pool_handle()
-        self._most_rows = min(table.scratch, max((s for s in sizes if s <= worth), default=1))
+        self._most_rows = min(table.scratch, _MOST_BESIDE)
         self._workspace = new_workspace(self._most_rows)  # steps run one after the other
-        most = sizes[-1] if sizes else 0
+        most = self._sizes[-1] if self._sizes else 0
         weights = model.weights
         self._left = weights.embedding.new_zeros(  # [most, hidden]
             most, model.shape.hidden_size, dtype=weights.final_norm.dtype
@@ -120,16 +141,14 @@ class WholeGraphs:
 
     def size_for(self, batch: Batch) -> tuple[Kind, int] | None:
         """The graph in which the step runs, if any."""
-        kind = kind_of(batch, self._most_context)
         at = bisect_left(self._sizes, batch.num_tokens)
-        if kind is None or at == len(self._sizes):
+        if at == len(self._sizes):
             return None
         size = self._sizes[at]
-        if size > self._worth and (kind is Kind.BESIDE or size != batch.num_tokens):
+        kind = kind_of(batch, size, self._most_context)
+        if kind is Kind.BEHIND and size > self._worth and size != batch.num_tokens:
             return None
-        if kind is Kind.BEHIND and not gathers(size, self._most_context):
-            return None
-        return kind, size
+        return None if kind is None else (kind, size)
 
     def capture_all(self) -> None:
         """The largest first: the smaller ones fit into its memory."""
@@ -137,7 +156,7 @@ class WholeGraphs:
             (kind, size)
             for size in reversed(self._sizes)
             for kind in Kind
-            if (size <= self._worth if kind is Kind.BESIDE else gathers(size, self._most_context))
+            if kind.holds(size, self._most_context)
         ]
         with Progress("capturing steps with prompts", len(wanted)) as progress:
             for key in wanted:
@@ -178,8 +197,9 @@ class WholeGraphs:
         """The model over padded inputs, into ``_left``. All that it reads stays at its address."""
         index, positions, cache_slots, slots, context_lens, chunk_slots, bounds = views
         size, tables = len(index), self._table.block_tables
-        if kind is Kind.BESIDE:
-            self._workspace.prepare(tables.index_select(0, slots), context_lens)
+        if kind is not Kind.BEHIND:
+            if len(slots):
+                self._workspace.prepare(tables.index_select(0, slots), context_lens)
             chunks = PrefillBatch.captured(
                 tables.index_select(0, chunk_slots),
                 bounds,

@@ -21,6 +21,7 @@ from .ragged_attention import dense_attention, paged_attention
 
 _MIN_CUDNN_TOKENS = 4096
 _MAX_GATHERED = 64  # tokens of context for each new one
+_LEAST_GATHERED = 128  # new tokens: with no more, programs that share a tile's keys are faster
 
 
 class PrefillPath(Enum):
@@ -38,7 +39,7 @@ def choose(batch: PrefillBatch, dtype: torch.dtype, head_dim: int) -> PrefillPat
         return PrefillPath.PAGED  # it alone takes rows from wherever they begin
     num_new = sum(batch.new_lens)
     if batch.has_prefix:
-        few = sum(batch.context_lens) > _MAX_GATHERED * num_new
+        few = num_new <= _LEAST_GATHERED or sum(batch.context_lens) > _MAX_GATHERED * num_new
         return PrefillPath.PAGED if few else PrefillPath.GATHERED
     planned = num_new >= _MIN_CUDNN_TOKENS and num_new.bit_count() == 1
     if len(batch.new_lens) == 1 and planned and dtype.itemsize == 2 and head_dim in (64, 128):

@@ -18,7 +18,7 @@ from pdserve.engine.model import Attention, Tokens
 from pdserve.engine.slots import SlotTable
 from pdserve.engine.upload import pack_into, unpack, uploader
 from pdserve.engine.warm_up import warm_up_plans
-from pdserve.engine.whole_graphs import Kind, gathers, kind_of, step_arrays
+from pdserve.engine.whole_graphs import Kind, kind_of, step_arrays
 from pdserve.kernels.prefill_attention import PrefillBatch
 
 CPU = torch.device("cpu")
@@ -215,11 +215,6 @@ def test_warm_up_stays_within_the_engines_limits(most: int) -> None:
     assert any(len(plan.rows) == 2 for plan in plans) == (most > 64)
 
 
-def test_a_chunk_is_captured_with_its_attention_where_that_has_one_path() -> None:
-    assert [gathers(size, 16384) for size in (128, 192, 256, 512)] == [False, False, True, True]
-    assert not gathers(512, 512), "no chunk of that size has a prefix"
-
-
 def test_a_whole_step_equals_its_parts(llama_folder: Path) -> None:
     """What one graph captures, run on the CPU: rows and chunks lie where the arrays say, and
     room for more of either changes nothing."""
@@ -234,7 +229,7 @@ def test_a_whole_step_equals_its_parts(llama_folder: Path) -> None:
     with torch.inference_mode():
         table.apply(StepPlan((longer, fresh), rows))
         batch = describe(StepPlan((), rows), table)
-        assert kind_of(batch, 64) is Kind.BESIDE
+        assert kind_of(batch, 64, 1024) is Kind.BESIDE
         arrays = step_arrays(batch, 64, 7, table)
         index, positions, cache_slots, slots, lens, chunk_slots, bounds = map(
             torch.from_numpy, arrays
@@ -273,10 +268,20 @@ def test_what_one_graph_holds() -> None:
             Batch.none().sampled,
         )
 
-    assert kind_of(batch(3), 1000) is None
-    assert kind_of(batch(3, *[(16, 16)] * 4), 1000) is Kind.BESIDE
-    assert kind_of(batch(3, *[(16, 16)] * 5), 1000) is None
-    assert kind_of(batch(0, (512, 512)), 1000) is None, "dense attention is faster"
-    assert kind_of(batch(0, (512, 900)), 1000) is Kind.BEHIND
-    assert kind_of(batch(0, (512, 1001)), 1000) is None
-    assert kind_of(batch(0, (64, 900), (64, 900)), 1000) is None
+    def kind(size: int, *parts: int | tuple[int, int]) -> Kind | None:
+        singles, *chunks = parts
+        return kind_of(batch(singles, *chunks), size, most_context=16384)
+
+    assert kind(64, 3) is None
+    assert kind(128, 3, *[(16, 16)] * 4) is Kind.BESIDE
+    assert kind(128, 3, *[(16, 16)] * 5) is None
+    assert kind(1280, 3, (1200, 1200)) is None, "the GPU takes longer than the launches"
+    assert kind(512, 0, (500, 500)) is Kind.SHORT
+    assert kind(1024, 0, (1000, 1000)) is None
+    assert kind(512, 0, (500, 16384)) is Kind.BEHIND
+    assert kind(2048, 0, (2048, 9000)) is Kind.BEHIND
+    assert kind(512, 0, (500, 16385)) is Kind.SHORT
+    assert kind(192, 0, (190, 900)) is Kind.SHORT, "longer contexts are not gathered"
+    assert kind(1024, 0, (1000, 16385)) is None
+    assert kind(256, 0, (64, 900), (150, 900)) is Kind.SHORT
+    assert kind_of(batch(0, (512, 512)), 512, most_context=512) is Kind.SHORT

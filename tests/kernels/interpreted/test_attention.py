@@ -217,6 +217,7 @@ def test_chunks_begin_wherever_the_device_says() -> None:
         ((512, 40), (8192, 40), PrefillPath.GATHERED),
         ((400,), (8192,), PrefillPath.GATHERED),
         ((40,), (8192,), PrefillPath.PAGED),
+        ((100, 28), (500, 400), PrefillPath.PAGED),
     ],
 )
 def test_the_path_follows_from_the_lengths(
