@@ -211,7 +211,11 @@ class KvPool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What the schedulers must stay within. ``max_inflight`` steps may be launched and unread."""
+    """What the schedulers must stay within. ``max_inflight`` steps may be launched and unread.
+
+    ``step_sizes``, ascending: a step of another number of tokens, up to the last of them, takes
+    as long as one of the next.
+    """
 
     max_slots: int
     max_context: int
@@ -219,6 +223,7 @@ class EngineLimits:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_inflight: int = 1
+    step_sizes: tuple[int, ...] = ()
 
 
 class Engine(Protocol):

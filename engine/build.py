@@ -129,6 +129,7 @@ def build_engine(
             vocab_size=shape.vocab_size,
             eos_token_ids=card.eos_token_ids,
             max_inflight=2 if device.type == "cuda" else 1,
+            step_sizes=whole_graphs.step_sizes if whole_graphs is not None else (),
         ),
         upload=upload,
         precision=precision,

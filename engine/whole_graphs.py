@@ -139,6 +139,11 @@ class WholeGraphs:
             most, model.shape.hidden_size, dtype=weights.final_norm.dtype
         )
 
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Of steps with a batch."""
+        return tuple(size for size in self._sizes if size <= _MOST_BESIDE)
+
     def size_for(self, batch: Batch) -> tuple[Kind, int] | None:
         """The graph in which the step runs, if any."""
         at = bisect_left(self._sizes, batch.num_tokens)

@@ -17,6 +17,8 @@ the batch alone there is. A batch that is never ahead makes room now and then al
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.cost import CHEAP, PATIENCE, StepCost
@@ -65,3 +67,16 @@ def chunk_tokens(
             return 0
         work_ms = least_ms
     return min(most, max(_LEAST_TOKENS, cost.prefill.tokens_within(work_ms, context)))
+
+
+def without_padding(tokens: int, batch: int, sizes: Sequence[int]) -> int:
+    """The chunk of at most ``tokens`` beside a batch whose step needs no padding, if that leaves
+    a chunk; else one of more tokens, for the next size's step takes as long with fewer.
+
+    ``sizes`` as in ``EngineLimits.step_sizes``.
+    """
+    at = bisect_right(sizes, batch + tokens)
+    if not tokens or at == len(sizes):
+        return tokens
+    fitting = sizes[at - 1] - batch if at else 0
+    return fitting if fitting >= _LEAST_TOKENS else sizes[at] - batch

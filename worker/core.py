@@ -36,7 +36,7 @@ from ..core.plan import EngineLimits, KvLayout, StepPlan, StepResult
 from ..kvtransfer.messages import ToReceiver, ToSender
 from ..kvtransfer.receiver import Receiver
 from ..kvtransfer.sender import Sender
-from ..prefill.pace import chunk_tokens
+from ..prefill.pace import chunk_tokens, without_padding
 from ..prefill.phase import Chunk
 from ..prefill.prompt import Prompt, PromptKind
 from .budget import Budget
@@ -267,7 +267,11 @@ class WorkerCore:
         # the steps in flight end first
         slack_s -= self._times.left_s(now)
         context = first.seq.num_scheduled_tokens
-        return chunk_tokens(cost, most, len(running), kv_tokens, slack_s, context, self._waited)
+        batch = len(running)
+        tokens = chunk_tokens(cost, most, batch, kv_tokens, slack_s, context, self._waited)
+        if not batch:
+            return tokens
+        return min(most, without_padding(tokens, batch, self._limits.step_sizes))
 
     def _demote(self, now: float) -> None:
         cost = self._times.cost

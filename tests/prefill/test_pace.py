@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pdserve.core.cost import PATIENCE, DecodeCost, PrefillCost, StepCost
-from pdserve.prefill.pace import CREDIT, MARGIN, Pace, chunk_tokens
+from pdserve.prefill.pace import CREDIT, MARGIN, Pace, chunk_tokens, without_padding
 
 COST = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
 
@@ -60,3 +60,20 @@ def test_where_a_small_chunk_costs_the_batch_something_prompts_wait_for_room() -
     assert found[2:4] == [0, 0]
     assert found[4] == pytest.approx(150, abs=1)  # now and then all the same
     assert chunk_tokens(replace(cost, beside_ms=0.5), 2048, 100, 100_000, 0.0, 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch", "chunk"),
+    [
+        (100, 40, 88),  # 128 in all
+        (88, 40, 88),
+        (30, 40, 24),
+        (30, 60, 68),  # 64 in all would leave four
+        (20, 10, 54),  # no size is small enough
+        (700, 40, 700),  # beyond the last size nothing is padded
+        (0, 40, 0),
+    ],
+)
+def test_a_chunk_ends_where_its_step_needs_no_padding(tokens: int, batch: int, chunk: int) -> None:
+    assert without_padding(tokens, batch, (64, 128, 512)) == chunk
+    assert without_padding(tokens, batch, ()) == tokens
