@@ -1,4 +1,4 @@
-"""Which worker should change its role. Pure: loads and the time in, at most one move out.
+"""Which workers should change their role. Pure: loads and the time in, moves out.
 
 The two phases ask for so many workers' worth of time: prefill as much as the prompts that came
 in take, decode as much as the batches fill of what their objectives allow. A worker in the role
@@ -10,14 +10,18 @@ A move is made only where that is busy and gets less so by a good part, has been
 and the last move has had time to show: a load that swings faster than that is the placement's
 affair, not a role's. Out of ``mixed`` it is enough that nothing gets worse: a phase apart has the
 shorter tails. So what leads into that role and what leads out of it are never right at once.
+
+In a large fleet one worker at a time would take minutes where its first division was wrong: up
+to an eighth of the workers move at once, from one role to another, as many as serve best.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from ..core.ids import Role
 from .forecast import MARGIN
@@ -25,9 +29,11 @@ from .roles import Holder, Move
 from .snapshot import Snapshot
 
 GAIN = 0.85  # the busiest part must come down to so much of what it is
+FINE_GAIN = 0.95  # in a fleet of which several may move: its load swings less
 BUSY = 0.6  # below that nobody needs to be moved
 SETTLED_S = 5.0  # for so long in a row
 COOL_S = 15.0  # from one move to the next
+SHARE = 8  # of so many workers one at a time; of fewer as well
 MIXED = 0.9  # of its time a mixed worker has for the phases: a step with both pays for both
 _MEMORY_S = 5.0  # of the loads
 
@@ -72,25 +78,26 @@ class Planner:
 
     def look(
         self, now: float, prefill_ms: float, decode: float, workers: Iterable[Holder]
-    ) -> Move | None:
-        """``prefill_ms``: of the prompts placed since the last look; ``decode`` as of now."""
+    ) -> Sequence[Move]:
+        """``prefill_ms``: of the prompts placed since the last look; ``decode`` as of now. All
+        moves are of one kind."""
         holders = list(workers)
         before, self._looked = self._looked, now
         if before is None or now <= before:
-            return None
+            return ()
         self._smooth(prefill_ms / 1e3 / (now - before), decode, now - before)
-        change = self._better(Counter(one.role for one in holders))
+        change, count = self._better(Counter(one.role for one in holders))
         if change != self._change:
             self._change, self._since = change, now
         cooling = self._moved is not None and now < self._moved + COOL_S
         if change is None or cooling or self._since is None or now < self._since + SETTLED_S:
-            return None
+            return ()
         self._moved, self._since = now, now
         source, target = change
         free = [one for one in holders if one.role is source]
-        # back to where it was started, else the least busy one
-        one = min(free, key=lambda w: (w.native is not target, w.num_requests, w.worker_id))
-        return Move(one.worker_id, source, target)
+        # back to where they were started, else the least busy ones
+        free.sort(key=lambda w: (w.native is not target, w.num_requests, w.worker_id))
+        return [Move(one.worker_id, source, target) for one in free[:count]]
 
     def _smooth(self, prefill: float, decode: float, seconds: float) -> None:
         keep = max(0.0, 1.0 - seconds / _MEMORY_S)
@@ -99,18 +106,21 @@ class Planner:
             self._demand.decode * keep + decode * (1.0 - keep),
         )
 
-    def _better(self, division: Counter[Role]) -> Change | None:
-        """From which role to which one worker should go, if any."""
+    def _better(self, division: Counter[Role]) -> tuple[Change | None, int]:
+        """From which role to which workers should go, if any, and how many."""
         now = self._demand.busiest(division)
-        best, change = math.inf, None
+        best, change, count = math.inf, None, 0
         if now < BUSY:
-            return None
-        for source in division:
-            for target in Role:
-                if target is source:
-                    continue
-                after = self._demand.busiest(division - Counter([source]) + Counter([target]))
-                enough = now if source is Role.MIXED else GAIN * now
+            return None, 0
+        most = max(1, division.total() // SHARE)
+        gain = GAIN if most == 1 else FINE_GAIN
+        for (source, there), target in product(division.items(), Role):
+            if target is source:
+                continue
+            enough = now if source is Role.MIXED else gain * now
+            for number in range(1, min(most, there) + 1):
+                moved = Counter({source: there - number, target: division[target] + number})
+                after = self._demand.busiest({**division, **moved})
                 if after <= enough and after < best:
-                    best, change = after, (source, target)
-        return change
+                    best, change, count = after, (source, target), number
+        return change, count

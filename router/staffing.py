@@ -59,15 +59,15 @@ class Staffing:
             self._placed_ms += placement.forecast.work_ms
 
     def tick(self, snapshot: Snapshot, now: float) -> list[Effect]:
-        """The planner looks, now and then; at most one worker moves."""
+        """The planner looks, now and then; in a large fleet several workers move at once."""
         if not self.planning:
             return []
         if self._looked is not None and now - self._looked < LOOK_EVERY_S:
             return []
         self._looked = now
         placed_ms, self._placed_ms = self._placed_ms, 0.0
-        move = self._planner.look(now, placed_ms, decode_demand(snapshot), self._holders())
-        return self._move(move, now) if move is not None else []
+        found = self._planner.look(now, placed_ms, decode_demand(snapshot), self._holders())
+        return [effect for move in found for effect in self._move(move, now)]
 
     def joined(self, member: Member, now: float) -> list[Effect]:
         """A new life of a worker."""

@@ -97,9 +97,9 @@ class VirtualRouter:
             for ref, worker in self._workers.items()
         ]
         decode = decode_demand(self._snapshot)
-        move = self._planner.look(now, self._placed_ms, decode, holders)
+        moves = self._planner.look(now, self._placed_ms, decode, holders)
         self._placed_ms = 0.0
-        if move is not None:
+        for move in moves:
             worker = self._workers[WorkerRef(move.worker_id, 1)]
             worker.role = move.after
             self.moves += 1

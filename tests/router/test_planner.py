@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -31,8 +32,7 @@ def moves(
     """A look a second; each move is made at once."""
     found = []
     for second in range(at, at + seconds):
-        move = planner.look(float(second), prefill * 1e3, decode, workers)
-        if move is not None:
+        for move in planner.look(float(second), prefill * 1e3, decode, list(workers)):
             found.append((second, move))
             for i, one in enumerate(workers):
                 if one.worker_id == move.worker_id:
@@ -65,6 +65,17 @@ def test_workers_go_where_the_load_is(
     times = [second for second, _ in found]
     assert all(later - earlier >= COOL_S for earlier, later in itertools.pairwise(times))
     assert not times or times[0] >= SETTLED_S
+
+
+def test_a_large_fleet_moves_by_eighths_and_stops_where_it_serves_best() -> None:
+    """Begun half and half, with too few to prefill by far, and by a little."""
+    found = moves(Planner(), holders(*(P,) * 32, *(D,) * 32), 50.0, 10.0, 150)
+    assert {(move.before, move.after) for _, move in found} == {(D, P)}
+    by_time = Counter(second for second, _ in found)
+    assert list(by_time.values()) == [8, 8, 5]  # 53 and 11: 0.94 and 0.91 busy
+    assert all(later - earlier >= COOL_S for earlier, later in itertools.pairwise(by_time))
+    found = moves(Planner(), holders(*(P,) * 32, *(D,) * 32), 35.0, 24.0, 150)
+    assert len(found) == 6  # 38 and 26, though eight might have moved
 
 
 @pytest.mark.parametrize("prefill", [0.3, 0.7, 1.0, 1.5, 2.2, 3.0])
