@@ -13,36 +13,27 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..core.config import Admission, Policy
 from ..core.errors import ConfigError
 from ..core.ids import Role
-from ..simulation import shifting
-from ..simulation.capacity import find
-from ..simulation.compare import (
-    OBJECTIVES,
-    SYNTHETIC,
-    TRACES,
-    Cell,
-    Row,
-    adaptive,
-    as_json,
-    eight_b_on_h200,
-    guess_of,
-    load_of,
-    progress,
-    read,
-    run,
-    table,
-)
+from ..simulation import compare, shifting
+from ..simulation.capacity import Capacity
+from ..simulation.contest import OBJECTIVES, SYNTHETIC, TRACES, Cell
+from ..simulation.fleets import Kind, adaptive, eight_b_on_h200
 from ..simulation.run import Fleet, Outcome, simulate
+from ..simulation.search import Search, Setting, look, look_all
+from ..simulation.worker_spec import WorkerSpec
 from ..simulation.workload import Arrival, Length, arrivals, read_trace, rescaled
 
 _ORACLES, _ORACLE_STEP = 150, 4  # so many requests, and from one to the next
+
+_Found: TypeAlias = Mapping[Search, Capacity]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -79,13 +70,14 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=1, metavar="N")
     add("--slowdown", type=float, default=1.0, metavar="F", help="steps take F times their cost")
     add("--jitter", type=float, default=0.0, metavar="F", help="relative deviation of a step")
+    add("--chunk", type=int, default=2048, metavar="N", help="prompt tokens a step, at most")
     add("--rate", type=float, default=7.0, metavar="R", help="prefix: requests a second")
     add("--no-own", action="store_true", help="table: no column with our own admission")
     add(
-        "--since",
+        "--kept",
         type=Path,
-        metavar="JSON",
-        help="table: an earlier --out; who was the best static policy is not looked for again",
+        metavar="DIR",
+        help="keep the runs of searches for a capacity there, and take those that are there",
     )
     add("--processes", type=int, default=2, metavar="N", help="default 2")
     add("--out", type=Path, metavar="JSON")
@@ -130,47 +122,65 @@ def _fleets(options: argparse.Namespace) -> list[int]:
     return fleets
 
 
-def _table(options: argparse.Namespace) -> dict[str, Any]:
-    """What is in ``--out`` already survives an interruption and is not run again."""
-    spec = replace(eight_b_on_h200(), slowdown=options.slowdown, jitter=options.jitter)
-    cells, out = _cells(options), options.out
-    kept = read(out, spec) if out is not None and out.exists() else {}
-    rows = {cell: kept[cell] for cell in cells if cell in kept}
-
-    def each(row: Row) -> None:
-        progress(row)
-        rows[row.cell] = row
-        if out is not None:
-            out.write_text(json.dumps(as_json(done(), spec), indent=1) + "\n")
-
-    def done() -> list[Row]:
-        return [rows[cell] for cell in cells if cell in rows]
-
-    left = [cell for cell in cells if cell not in rows]
-    earlier = read(options.since, spec) if options.since is not None else {}
-    run(
-        left,
-        spec,
-        options.traces,
-        options.processes,
-        ours=not options.no_own,
-        earlier=earlier,
-        known=rows,
-        each=each,
+def _spec(options: argparse.Namespace) -> WorkerSpec:
+    return replace(
+        eight_b_on_h200(),
+        slowdown=options.slowdown,
+        jitter=options.jitter,
+        chunk_tokens=options.chunk,
     )
-    print(table(done()))
-    return as_json(done(), spec)
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    return Setting(_spec(options), options.traces, options.kept)
+
+
+def _search(
+    searches: Sequence[Search], options: argparse.Namespace, rows: Callable[[_Found], Any]
+) -> _Found:
+    """``rows`` of what is known are written whenever there is more."""
+    known: dict[Search, Capacity] = {}
+
+    def each(search: Search, found: Capacity) -> None:
+        compare.progress(search, found)
+        known[search] = found
+        if options.out is not None:
+            options.out.write_text(json.dumps(rows(known), indent=1) + "\n", encoding="utf-8")
+
+    return look_all(searches, _setting(options), options.processes, each)
+
+
+def _table(options: argparse.Namespace) -> dict[str, Any]:
+    cells, ours = _cells(options), not options.no_own
+    searches = [one for cell in cells for one in compare.searches_of(cell, ours=ours)]
+
+    def rows(found: _Found) -> list[compare.Row]:
+        """Of the cells that are complete."""
+        complete = [cell for cell in cells if not ours or Search(cell, Kind.OURS) in found]
+        made = [compare.row_of(cell, found) for cell in complete]
+        return [row for row in made if row is not None]
+
+    found = _search(searches, options, lambda f: compare.as_json(rows(f), _spec(options)))
+    print(compare.table(rows(found)))
+    return compare.as_json(rows(found), _spec(options))
 
 
 def _shifting(options: argparse.Namespace) -> dict[str, Any]:
-    spec = replace(eight_b_on_h200(), slowdown=options.slowdown, jitter=options.jitter)
-    rows = []
-    for gpus in _fleets(options):
-        for lengths, ttft_ms, tpot_ms in shifting.SHIFTS:
-            shift = shifting.Shift(lengths, ttft_ms, tpot_ms, gpus, options.seed)
-            rows.append(shifting.run(shift, spec))
-            print(shifting.line(rows[-1]), flush=True)
-    return shifting.as_json(rows, spec)
+    shifts = [
+        shifting.Shift(lengths, ttft_ms, tpot_ms, gpus, options.seed)
+        for gpus in _fleets(options)
+        for lengths, ttft_ms, tpot_ms in shifting.SHIFTS
+    ]
+    searches = [one for shift in shifts for one in shifting.searches_of(shift)]
+
+    def rows(found: _Found) -> list[shifting.Shifted]:
+        made = [shifting.row_of(shift, found) for shift in shifts]
+        return [row for row in made if row is not None]
+
+    found = _search(searches, options, lambda f: shifting.as_json(rows(f), _spec(options)))
+    for row in rows(found):
+        print(shifting.line(row))
+    return shifting.as_json(rows(found), _spec(options))
 
 
 def _prefix(options: argparse.Namespace) -> dict[str, Any]:
@@ -230,28 +240,38 @@ def _unbounded(rows: Sequence[Length]) -> float:
 
 def _forecast(options: argparse.Namespace) -> dict[str, Any]:
     """At 70% of adaptive's capacity, steps with ``--jitter`` and ``--slowdown``."""
-    spec = replace(eight_b_on_h200(), slowdown=options.slowdown, jitter=options.jitter)
     result: dict[str, Any] = {}
-    for cell in _cells(options):
-        at, fleet = load_of(cell, spec, options.traces), adaptive(cell.gpus, spec)
-        guess = guess_of(cell, spec, options.traces)
-        capacity = find(fleet, at, guess, least=guess / 64, seed=cell.seed).rate
-        if not capacity:
-            continue
-        load = at(0.7 * capacity)
-        outcome = simulate(fleet, load, cell.seed)
-        errors = [
-            abs(one.ttft_forecast_ms / one.ttft_ms - 1.0)
-            for one in outcome.served
-            if one.ttft_forecast_ms is not None and not one.refused
-        ]
-        result[cell.label] = {
-            "forecast": _spread(errors),
-            "all but the future": _spread(_all_but_the_future(fleet, load, outcome, cell.seed)),
-        }
-        print(f"{cell.label}: {result[cell.label]}", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(options.processes) as pool:
+        cells = _cells(options)
+        futures = {pool.submit(_forecast_of, cell, _setting(options)): cell for cell in cells}
+        for future in as_completed(futures):
+            label, found = futures[future].label, future.result()
+            print(f"{label}: {found}", file=sys.stderr, flush=True)
+            result[label] = found
+            if options.out is not None:
+                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {cell.label: result[cell.label] for cell in cells}
     print(json.dumps(result, indent=1))
     return result
+
+
+def _forecast_of(cell: Cell, setting: Setting) -> dict[str, dict[str, float]] | None:
+    """None where nobody is in time."""
+    capacity = look(Search(cell, Kind.ADAPTIVE), setting).rate
+    if not capacity:
+        return None
+    at, fleet = cell.load(setting.spec, setting.traces), adaptive(cell.gpus, setting.spec)
+    load = at(0.7 * capacity)
+    outcome = simulate(fleet, load, cell.seed)
+    errors = [
+        abs(one.ttft_forecast_ms / one.ttft_ms - 1.0)
+        for one in outcome.served
+        if one.ttft_forecast_ms is not None and not one.refused
+    ]
+    return {
+        "forecast": _spread(errors),
+        "all but the future": _spread(_all_but_the_future(fleet, load, outcome, cell.seed)),
+    }
 
 
 def _spread(errors: Sequence[float]) -> dict[str, float]:

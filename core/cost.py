@@ -2,7 +2,7 @@
 
     prefill   base + per_token * new + per_pair * pairs      pairs: (query, key) seen by attention
     decode    base + per_sequence * batch + per_kv_token * KV tokens that attention reads
-    beside    what a step that has both takes beyond their sum, less the weights' one read
+    beside    what a step that has both takes beyond what ``StepCost`` makes of the two
 
 Both are linear in their coefficients. A worker measures a few points at its start, ``fit``
 finds the coefficients, and a ``Calibration`` follows what the steps really take from then on.
@@ -93,10 +93,10 @@ class DecodeCost:
 class StepCost:
     """Of a step that may hold both: running sequences and chunks of prompts.
 
-    The read of the weights, which is most of ``decode.base_ms``, is shared: a chunk beside a
-    batch costs what it takes beyond that, and a chunk alone never less than that. What is shared
-    is not all gained: the batch's rows are computed with the chunk's, both are padded, and no
-    single graph holds such a step. That is ``beside_ms``, however small the chunk.
+    One product with the weights serves all rows. It takes as long as their read, or as its rows
+    do, those of the batch among them, whichever is more: so a chunk beside a small batch is free
+    up to a point, and beside a large one each row of the batch counts as a token of the chunk. The
+    batch's attention comes on top, and ``beside_ms``: what else such a step was seen to take.
     """
 
     __pydantic_config__ = _STRICT
@@ -108,26 +108,36 @@ class StepCost:
         """``chunk_ms`` is the ``work_ms`` of the step's chunks together, 0 without any."""
         if chunk_ms <= 0:
             return self.decode.ms(batch, kv_tokens)
-        alone_ms = max(self.prefill.base_ms + chunk_ms, self.decode.base_ms)
         if batch <= 0:
-            return alone_ms
-        return self.decode.ms(batch, kv_tokens) + alone_ms - self.decode.base_ms + self.beside_ms
+            return max(self.prefill.base_ms + chunk_ms, self.decode.base_ms)
+        return self.apart_ms(kv_tokens) + max(self.rows_ms(batch) + chunk_ms, self.read_ms(batch))
+
+    def read_ms(self, batch: int) -> float:
+        """Of a batch's step without a chunk, less its attention."""
+        return self.decode.base_ms + self.decode.per_sequence_ms * batch
+
+    def rows_ms(self, batch: int) -> float:
+        """Where the rows are what takes the time: those of the batch, and what a chunk adds to."""
+        return self.prefill.base_ms + self.prefill.per_token_ms * batch
+
+    def apart_ms(self, kv_tokens: int) -> float:
+        """What a step with both takes whatever its chunks are."""
+        return self.decode.per_kv_token_ms * kv_tokens + self.beside_ms
 
     def chunk_within(self, batch: int, kv_tokens: int, ms: float) -> float:
         """The ``work_ms`` of chunks that a step of at most ``ms`` has room for."""
-        if batch > 0:
-            ms -= self.decode.ms(batch, kv_tokens) - self.decode.base_ms + self.beside_ms
-        return max(0.0, ms - self.prefill.base_ms)
+        if batch <= 0:
+            return max(0.0, ms - self.prefill.base_ms)
+        ms -= self.apart_ms(kv_tokens)
+        return max(0.0, ms - self.rows_ms(batch)) if ms >= self.read_ms(batch) else 0.0
 
-    @property
-    def least_work_ms(self) -> float:
+    def least_work_ms(self, batch: int) -> float:
         """Smaller chunks take no less: they fit under the read of the weights."""
-        return max(0.0, self.decode.base_ms - self.prefill.base_ms)
+        return max(0.0, self.read_ms(batch) - self.rows_ms(batch))
 
-    @property
-    def least_chunk_ms(self) -> float:
+    def least_chunk_ms(self, batch: int) -> float:
         """What the smallest chunk adds to a step of a batch."""
-        return self.beside_ms + max(0.0, self.prefill.base_ms - self.decode.base_ms)
+        return self.beside_ms + max(0.0, self.rows_ms(batch) - self.read_ms(batch))
 
     def scaled(self, prefill: float, decode: float, beside: float = 1.0) -> StepCost:
         """As three calibrations see it."""
@@ -269,8 +279,8 @@ class CalibratedCost:
     """A worker's cost model as measured at its start, and what has been seen since.
 
     A step without a chunk teaches about decode, one without a batch about prefill. Of one that
-    has both, what decode leaves is the chunk's where that is the most of it; else what both
-    leave is what having both takes.
+    has both, what its attention leaves is its rows' where that is the most of it; else what all
+    of it leaves is what having both takes.
     """
 
     measured: StepCost
@@ -292,17 +302,22 @@ class CalibratedCost:
         """After a step more, or ``steps`` alike; ``chunk_ms`` is the ``work_ms`` of its chunks by
         ``measured``."""
         measured = self.measured
-        batch_ms = measured.decode.ms(batch, kv_tokens)
         if chunk_ms <= 0:
+            batch_ms = measured.decode.ms(batch, kv_tokens)
             return replace(self, decode=self.decode.observed(batch_ms, taken_ms, steps))
-        beside_ms = measured.beside_ms if batch > 0 else 0.0
-        chunk_ms = measured.ms(batch, kv_tokens, chunk_ms) - batch_ms - beside_ms
-        left_ms = taken_ms - batch_ms * self.decode.factor
-        if chunk_ms >= batch_ms:
-            left_ms -= beside_ms * self.beside.factor
+        if batch <= 0:
+            alone_ms = measured.ms(0, 0, chunk_ms)
+            return replace(self, prefill=self.prefill.observed(alone_ms, taken_ms, steps))
+        rows_ms = measured.rows_ms(batch) + chunk_ms
+        whole_ms = measured.ms(batch, kv_tokens, chunk_ms)
+        if 2 * rows_ms >= whole_ms and rows_ms >= measured.read_ms(batch):
+            apart_ms = measured.decode.per_kv_token_ms * kv_tokens * self.decode.factor
+            left_ms = taken_ms - apart_ms - measured.beside_ms * self.beside.factor
             if left_ms <= 0:
                 return self
-            return replace(self, prefill=self.prefill.observed(chunk_ms, left_ms, steps))
+            return replace(self, prefill=self.prefill.observed(rows_ms, left_ms, steps))
+        beside_ms = measured.beside_ms
+        seen_ms = self.cost.ms(batch, kv_tokens, chunk_ms * self.prefill.factor)
         # the batch's own jitter is in it, both ways: over many steps it evens out
-        left_ms = max(left_ms - chunk_ms * self.prefill.factor, -beside_ms)
+        left_ms = max(taken_ms - seen_ms + beside_ms * self.beside.factor, -beside_ms)
         return replace(self, beside=self.beside.observed(beside_ms, left_ms, steps))

@@ -59,10 +59,11 @@ def chunk_tokens(
     """
     if batch == 0:
         return most
-    least_ms = max(cost.least_work_ms, cost.least_chunk_ms)
+    least_chunk_ms = cost.least_chunk_ms(batch)
+    least_ms = max(cost.least_work_ms(batch), least_chunk_ms)
     work_ms = cost.chunk_within(batch, kv_tokens, slack_s * 1e3)
     if work_ms < least_ms:
-        dear = cost.least_chunk_ms > CHEAP * least_ms
+        dear = least_chunk_ms > CHEAP * least_ms
         if dear and waited < PATIENCE:
             return 0
         work_ms = least_ms

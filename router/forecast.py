@@ -64,26 +64,31 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
             work[place] = view.cost.prefill.work_ms(left, n - left)
     limit = MARGIN * np.minimum(c.tpot_ms, wish.objectives.tpot_ms)
     decodes = c.batch > 0
-    beside = np.where(decodes, c.per_sequence * c.batch + c.per_kv * c.kv, 0.0)
+    # a step with chunks: its rows or the read of the weights, and the batch's attention
+    running = np.where(decodes, c.batch, 0.0)
+    read = c.decode_base + c.per_sequence * running
+    rows = c.prefill_base + c.per_token * running
+    attention = np.where(decodes, c.per_kv * c.kv, 0.0)
+    apart = attention + np.where(decodes, c.beside, 0.0)
+    step = read + attention  # of the batch alone
     chunk = c.per_token * c.chunk_tokens
-    both = beside + np.where(decodes, c.beside, 0.0)
-    # what is under the read of the weights takes ``least_ms``, however little it is
-    least_ms = np.maximum(0.0, c.prefill_base - c.decode_base) + c.beside
-    least = np.minimum(chunk, np.maximum(c.decode_base - c.prefill_base, least_ms))
-    room = limit - both - c.prefill_base
+    room = np.where(limit >= apart + read, limit - apart - rows, 0.0)
+    least_ms = np.maximum(0.0, rows - read) + c.beside  # what the smallest chunk adds
+    least = np.minimum(chunk, np.maximum(read - rows, least_ms))
     chunk = np.where(decodes, np.minimum(chunk, np.maximum(room, least)), chunk)
-    rate = chunk / (chunk + c.prefill_base + both + 1e-9)
-    step = c.decode_base + beside
-    steps = np.clip(least_ms / np.maximum(limit - step, 1e-9), 1.0, PATIENCE + 1.0)
-    rare = np.where(least_ms > CHEAP * least, least / (steps * step + least_ms + 1e-9), np.inf)
+    rate = chunk / (apart + np.maximum(read, rows + chunk) + 1e-9)
+    # where there is no time for any: what the smallest adds, once the batch has made up for it
+    added = apart + np.maximum(read, rows + least) - step
+    steps = np.clip(added / np.maximum(limit - step, 1e-9), 1.0, PATIENCE + 1.0)
+    rare = np.where(least_ms > CHEAP * least, least / (steps * step + added + 1e-9), np.inf)
     rate = np.where(decodes & (room < least), np.minimum(rate, rare), rate)
     rate = np.maximum(rate, _LEAST_RATE)
     done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * rate))
     # what has left the queue is in the step that is on, else half a step of decode is still to go
     begun = (c.head_ms - done) / rate
-    half = np.where(decodes & (c.head_ms == 0.0), (beside + c.decode_base) * 0.5, 0.0)
+    half = np.where(decodes & (c.head_ms == 0.0), step * 0.5, 0.0)
     ahead = c.prefill_ms - c.head_ms + work
-    own = np.maximum(ahead / rate, np.maximum(ahead + c.prefill_base + both, c.decode_base))
+    own = np.maximum(ahead / rate, apart + np.maximum(rows + ahead, read))
     ttft = wish.waited_ms + half + begun + own
     batch = c.batch + 1.0
     kv = c.kv + (n + wish.growth)

@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .memo import Memo, Point, Tried
 from .run import Fleet, Outcome, simulate
 from .workload import Arrival
 
@@ -29,26 +30,13 @@ LoadAt = Callable[[float], Sequence[Arrival]]
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One whole run: at ``rate``, whether each request was good, phase by phase in the order of
-    their coming."""
-
-    rate: float
-    good: tuple[tuple[bool, ...], ...]
-
-    @property
-    def attainment(self) -> float:
-        return min(sum(phase) / len(phase) for phase in self.good)
-
-
-@dataclass(frozen=True, slots=True)
 class Capacity:
     """``rate`` in requests a second; 0 where not even one at a time meets the objectives.
-    ``fleet`` reaches it; ``low`` and ``high`` are its runs on both sides of it."""
+    The fleet of that ``name`` reaches it; ``low`` and ``high`` are its runs on both sides of it."""
 
     rate: float
     runs: int
-    fleet: Fleet | None = None
+    name: str = ""
     low: Point | None = None
     high: Point | None = None
     moves: int = 0  # of workers between roles, in the run at ``low``
@@ -66,6 +54,7 @@ class _Race:
     racers: list[_Racer]  # the most promising first
     load_at: LoadAt
     seed: int
+    memo: Memo
     runs: int = 0
     best: _Racer | None = None
     low: Point | None = None
@@ -74,41 +63,51 @@ class _Race:
 
     def survived(self, rate: float) -> bool:
         """Whether anybody does. Whoever has been the best so far is asked first."""
-        load = self.load_at(rate)
         for racer in self.racers:
             if racer.failed_at <= rate:
                 continue
-            self.runs += 1
-            outcome = _run(racer.fleet, load, self.seed, ATTAINMENT)
-            if not outcome.cut and outcome.attainment >= ATTAINMENT:
-                self.best, self.low = racer, _point(rate, outcome)
-                self.moves = outcome.moves
+            tried = self.tried(racer.fleet, rate, ATTAINMENT)
+            if tried.point is not None and tried.point.attainment >= ATTAINMENT:
+                self.best, self.low, self.moves = racer, tried.point, tried.moves
                 self.racers = [one for one in self.racers if one.failed_at > rate]
                 self.racers.sort(key=lambda one: one is not racer)
                 return True
-            racer.failed_at, racer.got = rate, len(outcome.served)
+            racer.failed_at, racer.got = rate, tried.got
         self.racers.sort(key=lambda one: (one is not self.best, -one.failed_at, -one.got))
         self.high = min(self.high, rate)
         return False
 
+    def tried(self, fleet: Fleet, rate: float, give_up_below: float) -> Tried:
+        self.runs += 1
+        run = f"{fleet.name} at {rate!r}, given up below {give_up_below}"
+        tried = self.memo.get(run)
+        if tried is None:
+            tried = _run(fleet, rate, self.load_at(rate), self.seed, give_up_below)
+            self.memo.put(run, tried)
+        return tried
 
-def _run(fleet: Fleet, load: Sequence[Arrival], seed: int, give_up_below: float) -> Outcome:
+
+def _run(
+    fleet: Fleet, rate: float, load: Sequence[Arrival], seed: int, give_up_below: float
+) -> Tried:
     """Hundreds of thousands of objects that all live to its end: the collector would go through
     them for nothing, a third of the time."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        return simulate(fleet, load, seed, give_up_below=give_up_below)
+        outcome = simulate(fleet, load, seed, give_up_below=give_up_below)
     finally:
         if collects:
             gc.enable()
+    point = None if outcome.cut else _point(rate, outcome)
+    return Tried(point, len(outcome.served), outcome.moves)
 
 
 def _point(rate: float, outcome: Outcome) -> Point:
     phases: dict[int, list[bool]] = {}
     for one in outcome.served:
         phases.setdefault(one.arrival.phase, []).append(one.good)
-    return Point(rate, tuple(map(tuple, phases.values())))
+    return Point(rate, outcome.attainment, tuple(map(_block_shares, phases.values())))
 
 
 def find(fleet: Fleet, load_at: LoadAt, guess: float, *, least: float, seed: int = 0) -> Capacity:
@@ -125,11 +124,12 @@ def best_of(
     seed: int = 0,
     step: float = STEP,
     width: float = WIDTH,
+    memo: Memo | None = None,
 ) -> Capacity:
     """The capacity of the best of them. Brackets from ``guess`` in a ``step`` that grows, halves in
     logarithms until the ends of the bracket differ by a factor of ``width``, and goes between
     the runs at both in the end."""
-    race = _Race([_Racer(fleet) for fleet in fleets], load_at, seed)
+    race = _Race([_Racer(fleet) for fleet in fleets], load_at, seed, memo or Memo(None, None))
     rate = guess
     if race.survived(rate):
         while step < _FARTHEST and race.survived(rate := rate * step):
@@ -142,13 +142,12 @@ def best_of(
     while race.high / race.low.rate > width:
         race.survived(math.sqrt(race.low.rate * race.high))
     # the winner's own run at the ceiling, to its end
-    fleet, low = race.best.fleet, race.low
-    outcome = _run(fleet, load_at(race.high), seed, ATTAINMENT / 2)
-    if outcome.cut:
-        return Capacity(low.rate, race.runs + 1, fleet, low, moves=race.moves)
-    high = _point(race.high, outcome)
+    name, low = race.best.fleet.name, race.low
+    high = race.tried(race.best.fleet, race.high, ATTAINMENT / 2).point
+    if high is None:
+        return Capacity(low.rate, race.runs, name, low, moves=race.moves)
     rate = min(high.rate, _between(low, high, low.attainment, high.attainment))
-    return Capacity(rate, race.runs + 1, fleet, low, high, race.moves)
+    return Capacity(rate, race.runs, name, low, high, race.moves)
 
 
 def _between(low: Point, high: Point, at_low: float, at_high: float) -> float:
@@ -166,7 +165,7 @@ def ratio_interval(
     runs = (one.low, one.high, other.low, other.high)
     if any(point is None for point in runs):
         return None
-    shares = [_block_shares(point) for point in runs if point is not None]
+    shares = [point.blocks for point in runs if point is not None]
     rng = random.Random(f"blocks {seed}")
     ratios = []
     for _ in range(_DRAWS):
@@ -182,15 +181,8 @@ def ratio_interval(
     return ratios[tail], ratios[-tail - 1]
 
 
-def _block_shares(point: Point) -> list[list[float]]:
-    return [
-        [
-            sum(good[start:end]) / max(1, end - start)
-            for start, end in itertools.pairwise(_edges(len(good)))
-        ]
-        for good in point.good
-    ]
-
-
-def _edges(count: int) -> list[int]:
-    return [count * block // _BLOCKS for block in range(_BLOCKS + 1)]
+def _block_shares(good: Sequence[bool]) -> tuple[float, ...]:
+    edges = [len(good) * block // _BLOCKS for block in range(_BLOCKS + 1)]
+    return tuple(
+        sum(good[start:end]) / max(1, end - start) for start, end in itertools.pairwise(edges)
+    )

@@ -7,17 +7,17 @@ rates stand to each other as those that a fleet which is always busy would serve
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from ..core.config import Admission
-from .capacity import Capacity, LoadAt, best_of, ratio_interval
-from .compare import CHUNKS, adaptive, busy_rate, colocateds, divided
-from .run import Fleet
+from .capacity import Capacity, LoadAt, ratio_interval
+from .contest import busy_rate
+from .fleets import Kind
+from .search import Search
 from .worker_spec import WorkerSpec
-from .workload import Arrival, shifting, synthetic
+from .workload import Arrival, Length, shifting, synthetic
 
 PHASE_S = 60.0
 PHASES = 6  # the first two are not judged
@@ -26,7 +26,7 @@ _KINDS = 3000  # lengths drawn of each
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """``lengths`` are the means of prompt and answer, phase by phase."""
+    """A contest (see there). ``lengths`` are the means of prompt and answer, phase by phase."""
 
     lengths: tuple[tuple[int, int], ...]
     ttft_ms: float
@@ -38,6 +38,37 @@ class Shift:
     def label(self) -> str:
         kinds = " <-> ".join(f"{prompt}/{output}" for prompt, output in self.lengths)
         return f"{kinds} at {self.ttft_ms:g}/{self.tpot_ms:g} x{self.gpus}"
+
+    def load(self, spec: WorkerSpec, traces: Path | None) -> LoadAt:
+        kinds = self._kinds()
+        busy = [busy_rate(kind, spec) for kind in kinds]
+        mean = sum(busy) / len(busy)
+
+        def at(rate: float) -> Sequence[Arrival]:
+            return shifting(
+                kinds,
+                [rate * part / mean for part in busy],
+                self.ttft_ms,
+                self.tpot_ms,
+                phases=PHASES,
+                phase_s=PHASE_S,
+                seed=self.seed,
+            )
+
+        return at
+
+    def guess(self, spec: WorkerSpec, traces: Path | None) -> float:
+        busy = [busy_rate(kind, spec) for kind in self._kinds()]
+        return 0.45 * self.gpus * sum(busy) / len(busy)
+
+    def smaller(self, gpus: int) -> Shift:
+        return replace(self, gpus=gpus)
+
+    def _kinds(self) -> list[list[Length]]:
+        return [
+            synthetic(prompt, output, _KINDS, self.seed + place)
+            for place, (prompt, output) in enumerate(self.lengths)
+        ]
 
 
 SHIFTS = (
@@ -65,63 +96,33 @@ class Shifted:
     split: Reached
     static: Reached  # the best, all mixed included, as the field runs it
     ours: Reached  # the same with our admission and demotion
-    seconds: float
 
 
-def load_of(shift: Shift, spec: WorkerSpec) -> LoadAt:
-    kinds = [
-        synthetic(prompt, output, _KINDS, shift.seed + place)
-        for place, (prompt, output) in enumerate(shift.lengths)
-    ]
-    busy = [busy_rate(kind, spec) for kind in kinds]
-    mean = sum(busy) / len(busy)
-
-    def at(rate: float) -> Sequence[Arrival]:
-        return shifting(
-            kinds,
-            [rate * part / mean for part in busy],
-            shift.ttft_ms,
-            shift.tpot_ms,
-            phases=PHASES,
-            phase_s=PHASE_S,
-            seed=shift.seed,
-        )
-
-    return at
+def searches_of(shift: Shift) -> list[Search]:
+    return [Search(shift, kind) for kind in Kind]
 
 
-def run(shift: Shift, spec: WorkerSpec) -> Shifted:
-    began = time.process_time()
-    load_at = load_of(shift, spec)
-    kinds = [synthetic(prompt, output, _KINDS, shift.seed) for prompt, output in shift.lengths]
-    guess = shift.gpus * sum(busy_rate(kind, spec) for kind in kinds) / len(kinds)
-    least = guess / 64
+def row_of(shift: Shift, found: Mapping[Search, Capacity]) -> Shifted | None:
+    """None until all that is compared is known."""
+    if any(search not in found for search in searches_of(shift)):
+        return None
+    planned, unplanned, mixed, split, ours = (
+        found[Search(shift, kind)]
+        for kind in (Kind.ADAPTIVE, Kind.UNPLANNED, Kind.COLOCATED, Kind.SPLIT, Kind.OURS)
+    )
 
-    def best(fleets: Sequence[Fleet], near: float) -> Capacity:
-        return best_of(fleets, load_at, near, least=least, seed=shift.seed)
+    def reached(one: Capacity) -> Reached:
+        ratio = planned.rate / one.rate if one.rate else None
+        return Reached(one.rate, one.name, ratio, ratio_interval(planned, one, shift.seed))
 
-    planned = best([adaptive(shift.gpus, spec)], 0.7 * guess)
-    unplanned = best([adaptive(shift.gpus, spec, planned=False)], planned.rate or guess)
-
-    def reached(found: Capacity) -> Reached:
-        ratio = planned.rate / found.rate if found.rate else None
-        name = found.fleet.name if found.fleet else ""
-        return Reached(found.rate, name, ratio, ratio_interval(planned, found, shift.seed))
-
-    near = 0.8 * planned.rate or guess
-    field, own = Admission.OPEN, Admission.SLO
-    split = best(divided(shift.gpus, spec, field), near / 2)
-    mixed = best(colocateds(shift.gpus, spec, field, CHUNKS), near)
-    ours = best([*colocateds(shift.gpus, spec, own, CHUNKS), *divided(shift.gpus, spec, own)], near)
     return Shifted(
         shift,
         planned.rate,
         unplanned.rate,
         planned.moves,
         reached(split),
-        reached(max(split, mixed, key=lambda found: found.rate)),
+        reached(max(split, mixed, key=lambda one: one.rate)),
         reached(ours),
-        time.process_time() - began,
     )
 
 

@@ -97,8 +97,17 @@ def test_a_chunk_beside_a_batch_shares_the_read_of_the_weights() -> None:
     assert cost.ms(100, 100_000, 0.0) == pytest.approx(7.0)
     assert cost.ms(0, 0, 10.0) == pytest.approx(12.0)
     assert cost.ms(0, 0, 1.0) == pytest.approx(5.0)  # the weights are read whatever it holds
-    assert cost.ms(100, 100_000, 10.0) == pytest.approx(7.0 + 12.0 - 5.0)
+    # 100 rows are 2 ms of work as well, beside attention's 1
+    assert cost.ms(100, 100_000, 10.0) == pytest.approx(1.0 + 2.0 + 2.0 + 10.0)
     assert cost.ms(100, 100_000, 1.0) == pytest.approx(7.0)
+
+
+def test_a_step_of_a_gpu_that_has_both_takes_what_its_rows_do() -> None:
+    """Of an 8B shape on an H200: 128 sequences of 1,024 tokens, chunks beside them."""
+    cost = StepCost(PrefillCost(2.044, 0.022, 7.9e-7), DecodeCost(4.56, 0.007, 3.35e-5), 0.9)
+    for num_tokens, measured in ((64, 10.96), (256, 14.59), (512, 20.33), (1024, 31.05)):
+        work_ms = cost.prefill.work_ms(num_tokens)
+        assert cost.ms(128, 128 * 1024, work_ms) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 100])
@@ -107,17 +116,17 @@ def test_a_chunk_beside_a_batch_shares_the_read_of_the_weights() -> None:
 def test_the_room_for_chunks_in_a_step_fills_it(batch: int, ms: float, beside_ms: float) -> None:
     cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5), beside_ms)
     room = cost.chunk_within(batch, batch * 100, ms)
-    if room > cost.least_work_ms:
+    if room > cost.least_work_ms(batch):
         assert cost.ms(batch, batch * 100, room) == pytest.approx(ms)
     else:
-        assert cost.ms(batch, batch * 100, 1e-6) >= ms - 1e-9
+        assert cost.ms(batch, batch * 100, cost.least_work_ms(batch) + 1e-6) >= ms - 1e-9
 
 
 def test_a_chunk_beside_a_batch_costs_something_however_small_it_is() -> None:
     cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5), 2.5)
     assert cost.ms(100, 100_000, 0.0) == pytest.approx(7.0)
     assert cost.ms(100, 100_000, 1.0) == pytest.approx(7.0 + 2.5)
-    assert cost.ms(100, 100_000, 10.0) == pytest.approx(7.0 + 12.0 - 5.0 + 2.5)
+    assert cost.ms(100, 100_000, 10.0) == pytest.approx(1.0 + 2.0 + 2.0 + 10.0 + 2.5)
     assert cost.ms(0, 0, 10.0) == pytest.approx(12.0)
     assert cost.scaled(1.0, 1.0, 100.0).beside_ms == 5.0  # as much as a step of each
 
@@ -137,8 +146,8 @@ def test_what_mixed_steps_take_beyond_both_is_fitted_and_followed() -> None:
     seen = CalibratedCost(found)
     rng = random.Random(2)
     for _ in range(400):
-        taken = truth.ms(32, 32_768, 5.0) + 1.0 + rng.gauss(0.0, 0.5)
-        seen = seen.observed(32, 32_768, 5.0, taken)
+        taken = truth.ms(32, 32_768, 1.0) + 1.0 + rng.gauss(0.0, 0.5)
+        seen = seen.observed(32, 32_768, 1.0, taken)
     assert seen.cost.beside_ms == pytest.approx(3.0, rel=0.1)
     assert seen.prefill.factor == seen.decode.factor == 1.0
 
@@ -178,10 +187,10 @@ def test_each_phase_is_corrected_by_its_own_steps() -> None:
     assert seen.cost.ms(50, 50_000, 52.0) == pytest.approx(truth.ms(50, 50_000, 52.0), rel=0.03)
 
 
-def test_a_small_chunk_beside_a_large_batch_teaches_nothing() -> None:
+def test_a_chunk_that_fits_under_the_read_of_the_weights_teaches_nothing_of_prefill() -> None:
     measured = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
     seen = CalibratedCost(measured)
-    assert seen.observed(200, 400_000, 1.0, 30.0) == seen
+    assert seen.observed(20, 400_000, 1.0, 30.0) == seen
 
 
 def test_what_travels_is_validated() -> None:

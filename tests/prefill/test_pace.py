@@ -25,11 +25,12 @@ def test_tokens_are_due_one_after_the_other_with_a_credit_at_first() -> None:
     [
         (0, -1.0, 2048),  # nobody to disturb
         (100, 10.0, 2048),
-        # a step of 29 ms: the batch's 5 + 1 + 1, and beside the weights' read 2 + 20
-        (100, 0.029, 1250),
-        (100, 0.007, 150),  # what fits under the read of the weights
-        (100, 0.0, 150),  # that much costs the batch nothing, late as it is
-        (100, -5.0, 150),
+        # a step of 29 ms: 1 of attention, and the rows' 2 + 2 + 24
+        (100, 0.029, 1200),
+        (100, 0.007, 100),  # what fits under the read of the weights
+        (100, 0.0, 100),  # that much costs the batch nothing, late as it is
+        (100, -5.0, 100),
+        (10, 0.0, 145),  # fewer rows leave more
     ],
 )
 def test_a_chunk_fills_the_time_until_the_first_token_is_due(
@@ -40,7 +41,7 @@ def test_a_chunk_fills_the_time_until_the_first_token_is_due(
 
 
 def test_a_prompt_never_stands_still() -> None:
-    nothing_free = StepCost(PrefillCost(5.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
+    nothing_free = StepCost(PrefillCost(5.0, 0.02, 0.0), DecodeCost(5.0, 0.02, 1e-5))
     assert chunk_tokens(nothing_free, 2048, 100, 100_000, -5.0, 0) == 16
 
 
@@ -52,13 +53,13 @@ def test_far_into_a_prompt_a_token_costs_more() -> None:
 
 def test_where_a_small_chunk_costs_the_batch_something_prompts_wait_for_room() -> None:
     cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5), beside_ms=2.5)
-    slacks = [(0.012, 0), (0.0095, 0), (0.0, 0), (0.0, PATIENCE - 1), (0.0, PATIENCE)]
+    slacks = [(0.012, 0), (0.0101, 0), (0.0, 0), (0.0, PATIENCE - 1), (0.0, PATIENCE)]
     found = [chunk_tokens(cost, 2048, 100, 100_000, *at_) for at_ in ((s, 0, w) for s, w in slacks)]
-    # a step of 12 ms: the batch's 7, the 2.5, and 5.5 of the chunk, 3 of them under the read
-    assert found[0] == pytest.approx(275, abs=1)
-    assert found[1] == pytest.approx(150, abs=1)
+    # a step of 12 ms: attention's 1, the 2.5, the rows' 2 + 2, and 4.5 of the chunk
+    assert found[0] == pytest.approx(225, abs=1)
+    assert found[1] == pytest.approx(130, abs=1)
     assert found[2:4] == [0, 0]
-    assert found[4] == pytest.approx(150, abs=1)  # now and then all the same
+    assert found[4] == pytest.approx(125, abs=1)  # now and then all the same
     assert chunk_tokens(replace(cost, beside_ms=0.5), 2048, 100, 100_000, 0.0, 0) > 0
 
 

@@ -15,11 +15,15 @@ from pdserve.core.cost import DecodeCost, PrefillCost, StepCost
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import Role
 from pdserve.simulation.capacity import best_of, find, ratio_interval
-from pdserve.simulation.compare import Cell, Row, as_json, read, run_cell, table
+from pdserve.simulation.compare import row_of, searches_of, table
+from pdserve.simulation.contest import Cell
 from pdserve.simulation.costs import EIGHT_B_ON_H200, read_steps
+from pdserve.simulation.fleets import Kind
 from pdserve.simulation.run import Fleet, Outcome, simulate
+from pdserve.simulation.search import Search, Setting, look, look_all
 from pdserve.simulation.shifting import Shift, line
-from pdserve.simulation.shifting import run as run_shift
+from pdserve.simulation.shifting import row_of as row_of_shift
+from pdserve.simulation.shifting import searches_of as shifts_searches
 from pdserve.simulation.worker_spec import WorkerSpec
 from pdserve.simulation.workload import (
     Arrival,
@@ -139,18 +143,16 @@ def test_steps_slower_than_believed_are_learned() -> None:
 def test_the_adaptive_policy_is_no_worse_than_the_static_ones() -> None:
     """The table in small."""
     spec = WorkerSpec(EIGHT_B_ON_H200, 880_000 // 64, 64)
-    for cell in (Cell("code", 200.0, 15.0, 2, 250),):
-        row = run_cell(cell, spec, None, ours=False, chunks=(512,))
-        assert row.ratio is not None and row.ratio >= 0.98, row
-        assert cell.workload in table([row])
-        again = run_cell(cell, spec, None, ours=False, chunks=(512,), earlier=row)
-        assert again.runs < row.runs and again.best == row.best
-        assert again.ratio == pytest.approx(row.ratio, rel=0.02)
-        larger = replace(cell, gpus=3)
-        found = run_cell(larger, spec, None, ours=False, chunks=(512,))
-        hinted = run_cell(larger, spec, None, ours=False, chunks=(512,), smaller=row)
-        assert hinted.runs < found.runs
-        assert hinted.adaptive == pytest.approx(found.adaptive, rel=0.02)
+    cell, setting = Cell("code", 200.0, 15.0, 2, 250), Setting(spec)
+    found = look_all(searches_of(cell, ours=False), setting, 1)
+    row = row_of(cell, found)
+    assert row is not None and row.ratio is not None and row.ratio >= 0.98, row
+    assert cell.workload in table([row])
+    larger = Search(replace(cell, gpus=3), Kind.ADAPTIVE)
+    hinted = look_all([*found, larger], setting, 1)[larger]
+    alone = look(larger, setting)
+    assert hinted.runs < alone.runs
+    assert hinted.rate == pytest.approx(alone.rate, rel=0.02)
 
 
 def test_the_planner_turns_a_wrong_split_into_a_right_one() -> None:
@@ -184,12 +186,15 @@ def test_the_best_of_several_is_the_one_that_reaches_most() -> None:
         return load(rate, count=80, output=16)
 
     chunks = [replace(SPEC, paced=False, chunk_tokens=chunk) for chunk in (128, 512)]
-    fleets = [fleet(M, policy=Policy.COLOCATED, spec=spec) for spec in chunks]
+    fleets = [
+        replace(fleet(M, policy=Policy.COLOCATED, spec=spec), name=f"chunk {spec.chunk_tokens}")
+        for spec in chunks
+    ]
     reached = [find(one, at, 20.0, least=0.1).rate for one in fleets]
     for guess in (10.0, 60.0):
         for order in (fleets, fleets[::-1]):
             found = best_of(order, at, guess, least=0.1)
-            assert found.fleet is fleets[reached.index(max(reached))]
+            assert found.name == fleets[reached.index(max(reached))].name
             assert found.rate == pytest.approx(max(reached), rel=0.02)
 
 
@@ -205,19 +210,55 @@ def test_a_ratio_of_a_policy_to_itself_is_one_whatever_is_drawn() -> None:
     assert low < other.rate / one.rate < high
 
 
-def test_rows_that_were_kept_are_read_again(tmp_path: Path) -> None:
-    cell, kept = Cell("code", 200.0, 10.0, 2, 250), tmp_path / "rows.json"
-    row = Row(cell, 3.0, 2.0, 1.0, None, "colocated", "", (1.4, 1.6), None, 9.5, 12)
-    kept.write_text(json.dumps(as_json([row], SPEC)))
-    assert read(kept, SPEC) == {cell: row}
+def test_a_search_that_was_interrupted_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of writing a run down, it takes those before it."""
+    search = Search(Cell("code", 200.0, 10.0, 2, 250), Kind.COLOCATED)
+    spec = WorkerSpec(EIGHT_B_ON_H200, 880_000 // 64, 64)
+    setting = Setting(spec, kept=tmp_path)
+    whole = look(search, setting)
+    (kept,) = tmp_path.iterdir()
+    text = kept.read_text()
+    kept.write_text(text[: len(text) * 2 // 3])
+    runs = []
+    monkeypatch.setattr(
+        "pdserve.simulation.capacity.simulate",
+        lambda *args, **more: runs.append(args) or simulate(*args, **more),
+    )
+    assert look(search, setting) == whole
+    assert 0 < len(runs) < whole.runs / 2 and kept.read_text() == text
+    assert look(search, setting) == whole and len(runs) < whole.runs / 2
     with pytest.raises(ConfigError, match="other workers"):
-        read(kept, replace(SPEC, slowdown=1.15))
+        look(search, replace(setting, spec=replace(spec, slowdown=1.15)))
+
+
+def test_what_is_found_does_not_depend_on_how_many_look_for_it() -> None:
+    """A larger fleet's search begins where the smaller one's ended, whoever is done first."""
+    cells = [Cell("code", 200.0, 10.0, gpus, 100) for gpus in (4, 2)]
+    searches = [Search(cell, kind) for cell in cells for kind in (Kind.ADAPTIVE, Kind.COLOCATED)]
+    setting = Setting(WorkerSpec(EIGHT_B_ON_H200, 880_000 // 64, 64))
+    told: list[Search] = []
+    alone = look_all(searches, setting, 1, lambda search, _: told.append(search))
+    assert set(told) == set(searches) and len(told) == 4
+    assert look_all(searches, setting, 3) == alone
+
+
+def test_a_run_lasts_many_times_as_long_as_a_request_may() -> None:
+    """At 100 ms a token an answer of 256 may take 25 s: too few requests would end the run while
+    those that wait for a place are still in time."""
+    cell = Cell("chat", 2000.0, 100.0, 8, 3000)
+    rows = cell.load(WorkerSpec(EIGHT_B_ON_H200, 1000, 64), None)(50.0)
+    assert rows[-1].time - rows[0].time == pytest.approx(8 * (2.0 + 25.6), rel=0.05)
+    assert len(replace(cell, tpot_ms=10.0).load(SPEC, None)(50.0)) == 3000
 
 
 def test_a_cell_whose_prompts_alone_take_longer_is_met_by_nobody() -> None:
     spec = WorkerSpec(EIGHT_B_ON_H200, 880_000 // 64, 64)
-    row = run_cell(Cell("summarise", 200.0, 15.0, 2, 250), spec, None)
-    assert not row.met and row.runs == 0 and row.ratio is None
+    cell = Cell("summarise", 200.0, 15.0, 2, 250)
+    found = look_all(searches_of(cell), Setting(spec), 1)
+    row = row_of(cell, found)
+    assert row is not None and not row.met and row.runs == 0 and row.ratio is None
     assert "No policy meets: summarise 200/15 x2" in table([row])
 
 
@@ -242,9 +283,10 @@ def test_the_worst_phase_of_a_load_is_what_counts() -> None:
 def test_a_load_that_shifts_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against every kind of static policy, in phases of seconds."""
     monkeypatch.setattr("pdserve.simulation.shifting.PHASE_S", 4.0)
-    monkeypatch.setattr("pdserve.simulation.shifting.CHUNKS", (512,))
     shift = Shift(((1024, 8), (64, 32)), 4000.0, 150.0, 2)
-    row = run_shift(shift, replace(SPEC, cost=COST.scaled(10.0, 10.0)))
+    setting = Setting(replace(SPEC, cost=COST.scaled(10.0, 10.0)))
+    row = row_of_shift(shift, look_all(shifts_searches(shift), setting, 1))
+    assert row is not None
     assert row.split.name == "split 1:1" and row.static.ratio is not None
     assert row.static.ratio == row.planned / row.static.rate
     assert row.static.rate >= row.split.rate > 0.0 < row.ours.rate

@@ -81,8 +81,7 @@ def test_steps_that_take_longer_correct_the_forecast() -> None:
         now += 10.0  # idle
         chunk_ms = times.chunk_ms(256, 0)
         times.launched(8, 4000, chunk_ms, now)
-        more_ms = COST.ms(8, 4000, chunk_ms) - COST.decode.ms(8, 4000)
-        now += (1.5 * COST.decode.ms(8, 4000) + 0.8 * more_ms) / 1e3
+        now += COST.scaled(0.8, 1.5).ms(8, 4000, 0.8 * chunk_ms) / 1e3
         times.completed(now)
     assert times.factors == pytest.approx((0.8, 1.5, 1.0), rel=0.02)
     assert times.cost is not None
