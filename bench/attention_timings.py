@@ -35,7 +35,7 @@ class Decode:
     TUNINGS = (
         DecodeTuning(),
         DecodeTuning(64, 2, 4, 4),
-        DecodeTuning(64, 2, 4, 2),
+        DecodeTuning(64, 2, 6, 2),
         DecodeTuning(64, 4, 4, 4),
         DecodeTuning(32, 1, 6, 4),
         DecodeTuning(32, 1, 3, 6),
@@ -44,6 +44,7 @@ class Decode:
     READS = (
         ReadTuning(32, 4, 1),
         ReadTuning(64, 4, 1),
+        ReadTuning(64, 2, 1),
         ReadTuning(64, 4, 3),
         ReadTuning(64, 8, 3),
         ReadTuning(128, 8, 2),
@@ -62,10 +63,11 @@ class Decode:
             case = f"decode {batch} x {length}"
             for read in self.READS:
                 yield Job(case, f"floor {read}", partial(self.read, batch, length, read))
+            yield Job(case, "chosen", partial(self.time, batch, length, None))
             for tuning in self.TUNINGS:
                 yield Job(case, f"{tuning}", partial(self.time, batch, length, tuning))
 
-    def workspace(self, batch: int, length: int, tuning: DecodeTuning) -> SplitWorkspace:
+    def workspace(self, batch: int, length: int, tuning: DecodeTuning | None) -> SplitWorkspace:
         tables = self.blocks[: batch * length // BLOCK].view(batch, -1)
         workspace = SplitWorkspace(
             max_batch=batch,
@@ -93,7 +95,7 @@ class Decode:
         self.floors[case] = min(micros, self.floors.get(case, micros))
         return self._timing(batch, length, f"floor {tuning}", micros)
 
-    def time(self, batch: int, length: int, tuning: DecodeTuning) -> Timing:
+    def time(self, batch: int, length: int, tuning: DecodeTuning | None) -> Timing:
         workspace = self.workspace(batch, length, tuning)
         q = torch.randn(batch, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
         micros = graph_micros(
@@ -102,7 +104,7 @@ class Decode:
                 for layer in range(LAYERS)
             ]
         )
-        return self._timing(batch, length, f"{tuning}", micros)
+        return self._timing(batch, length, f"{tuning or 'chosen'}", micros)
 
     def _timing(self, batch: int, length: int, variant: str, micros: float) -> Timing:
         case = f"decode {batch} x {length}"

@@ -32,8 +32,13 @@ class DecodeTuning:
     programs: int = 4
 
     @classmethod
-    def suited(cls, head_dim: int, dtype: torch.dtype) -> DecodeTuning:
-        """Tiles that fit a Hopper multiprocessor's registers and shared memory."""
+    def suited(cls, head_dim: int, dtype: torch.dtype, max_batch: int) -> DecodeTuning:
+        """Tiles that fit a Hopper multiprocessor's registers and shared memory.
+
+        Few rows have the fewest pieces that keep the memory busy: all are summed up at the end.
+        """
+        if head_dim == 128 and dtype.itemsize == 2 and max_batch <= 2 * _FEW_ROWS:
+            return cls(num_stages=6, programs=2)
         if head_dim > 128 or dtype.itemsize > 2:
             return cls(block_n=32, num_warps=4, num_stages=3, programs=8)
         return cls() if head_dim > 64 else cls(block_n=128)
@@ -53,7 +58,7 @@ class SplitWorkspace:
         device: torch.device,
         tuning: DecodeTuning | None = None,
     ) -> None:
-        self.tuning = tuning or DecodeTuning.suited(head_dim, dtype)
+        self.tuning = tuning or DecodeTuning.suited(head_dim, dtype, max_batch)
         multiprocessors = 8
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -154,7 +159,8 @@ def _pieces_kernel(
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     wanted = item < tl.load(first_ptr + batch)
-    row = tl.load(rows_ptr + item, mask=wanted, other=0)
+    # An item that nobody wants may name a row of an earlier step.
+    row = tl.where(wanted, tl.load(rows_ptr + item), 0)
     first_item = tl.load(first_ptr + row)
     pieces = tl.load(first_ptr + row + 1) - first_item
     piece_len = tl.load(piece_lens_ptr + row)
@@ -318,9 +324,9 @@ def decode_attention(
         NUM_Q=num_q_heads,
         HEAD_DIM=head_dim,
         BLOCK_D=sum_d,
-        TILE=64 if few else 16,
+        TILE=32 if few else 16,
         OVERLAP=overlap(),
-        num_warps=2,
+        num_warps=1 if few else 2,
         launch_pdl=overlap(),
     )
     return out

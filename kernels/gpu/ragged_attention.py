@@ -338,7 +338,8 @@ def _sum_kernel(
             acc = acc * shrink[:, None] + partial * weight[:, None]
             peak = new_peak
         out = out_ptr + (place * HEAD_DIM)[:, None] + dim[None, :]
-        tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+        acc = acc / tl.where(inside, total, 1.0)[:, None]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def paged_attention(
