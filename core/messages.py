@@ -191,10 +191,15 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """A step's tokens for all requests of a worker."""
+    """A step's tokens for all requests of a worker.
+
+    ``slack_ms`` is said now and then: from the end of the steps in flight to the moment by which
+    the step after them must have ended (``prefill.pace``), infinite where nobody waits for that.
+    """
 
     __pydantic_config__ = _STRICT
     items: Annotated[tuple[TokenItem, ...], Field(max_length=MAX_LIVE)]
+    slack_ms: Annotated[float, Field(ge=-1e9)] | None = None
 
 
 @dataclass(frozen=True, slots=True)

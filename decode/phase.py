@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -82,6 +83,11 @@ class DecodePhase:
         for states in (self._placed, self._queue, self._receiving):
             yield from states.values()
         yield from self._running
+
+    @property
+    def running(self) -> Listing[Sequence]:
+        """The batch, the oldest first."""
+        return self._running
 
     @property
     def num_running(self) -> int:

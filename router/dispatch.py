@@ -164,7 +164,9 @@ class Dispatch:
                         self._loads.started(request.id, now)
                         self._fleet.changed(request.placement.prefill)
                 return []
-            case TokenBatch(items):
+            case TokenBatch(items, slack_ms):
+                if slack_ms is not None:
+                    self._fleet.slack(member, slack_ms, now)
                 return self._tokens(items, member.ref, now)
             case TransferDone(key):
                 if (request := self._requests.get(key.request_id)) is not None:

@@ -47,6 +47,11 @@ class Fleet:
         """Their loads, or what they say of themselves."""
         self._changed.update(workers)
 
+    def slack(self, member: Member, slack_ms: float, now: float) -> None:
+        """It comes with steps, many a second: the row stays, only its column changes."""
+        member.slack_ms, member.slack_at = slack_ms, now
+        self._snapshot.slack(member.ref, slack_ms, now)
+
     def _refresh(self) -> None:
         for ref in self._changed:
             member = self._members.get(ref)
@@ -73,6 +78,8 @@ class Fleet:
             load.batch,
             load.kv_growth,
             load.tpot_ms,
+            member.slack_ms,
+            member.slack_at,
         )
 
 

@@ -3,7 +3,8 @@
 A worker computes prompts in chunks beside its batch, as large as the batch's objective
 leaves room for (``prefill.pace``). So its prompts go at a *rate*, in ms of chunks a ms: that
 of whole chunks where nothing decodes, less the more there is; where the smallest chunk is too
-much for each step, that of one now and then. TTFT is the work before and of
+much for each step, that of one now and then. What the batch is ahead of its objective by is spent
+on whole chunks first: the worker says how much that is. TTFT is the work before and of
 this prompt over that rate, and a whole step at least; TPOT the decode step after joining. What
 is reserved or in flight counts as if it ran.
 
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.cost import CHEAP, PATIENCE, pairs
-from .snapshot import Floats, Forecast, Snapshot, Wish
+from .snapshot import Columns, Floats, Forecast, Snapshot, Wish
 
 MARGIN = 0.95  # of an objective: what is aimed at, for forecasts err
 _LEAST_RATE = 0.01
+_LONG_MS = 1e9  # instead of infinity
 _FULL = 0.95  # of a KV pool: more would only preempt
 
 
@@ -71,11 +73,11 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     attention = np.where(decodes, c.per_kv * c.kv, 0.0)
     apart = attention + np.where(decodes, c.beside, 0.0)
     step = read + attention  # of the batch alone
-    chunk = c.per_token * c.chunk_tokens
+    most = c.per_token * c.chunk_tokens
     room = np.where(limit >= apart + read, limit - apart - rows, 0.0)
     least_ms = np.maximum(0.0, rows - read) + c.beside  # what the smallest chunk adds
-    least = np.minimum(chunk, np.maximum(read - rows, least_ms))
-    chunk = np.where(decodes, np.minimum(chunk, np.maximum(room, least)), chunk)
+    least = np.minimum(most, np.maximum(read - rows, least_ms))
+    chunk = np.where(decodes, np.minimum(most, np.maximum(room, least)), most)
     rate = chunk / (apart + np.maximum(read, rows + chunk) + 1e-9)
     # where there is no time for any: what the smallest adds, once the batch has made up for it
     added = apart + np.maximum(read, rows + least) - step
@@ -88,7 +90,14 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     begun = (c.head_ms - done) / rate
     half = np.where(decodes & (c.head_ms == 0.0), step * 0.5, 0.0)
     ahead = c.prefill_ms - c.head_ms + work
-    own = np.maximum(ahead / rate, apart + np.maximum(rows + ahead, read))
+    # whole chunks as long as the batch has time in hand, then at that rate
+    whole_ms = apart + np.maximum(read, rows + most)
+    over_ms = np.where(decodes, whole_ms - limit, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quick = np.where(over_ms > 0.0, most * _in_hand(c, limit, step, now) / over_ms, np.inf)
+    quick = np.minimum(ahead, quick)
+    takes = quick * whole_ms / np.maximum(most, 1e-9) + (ahead - quick) / rate
+    own = np.maximum(takes, apart + np.maximum(rows + ahead, read))
     ttft = wish.waited_ms + half + begun + own
     batch = c.batch + 1.0
     kv = c.kv + (n + wish.growth)
@@ -96,3 +105,13 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     over = np.maximum(batch / c.max_batch, kv / (_FULL * c.capacity)) - 1.0
     place_ms = np.maximum(0.0, over) * tpot * wish.answer_tokens
     return Forecasts(work, ttft, tpot, place_ms, limit)
+
+
+def _in_hand(c: Columns, limit: Floats, step: Floats, now: float) -> Floats:
+    """By how much (ms) the next steps may take longer than ``limit`` each, together. A batch
+    that runs alone has gained since it was looked at."""
+    slack = np.minimum(c.slack_ms, _LONG_MS)
+    alone = np.where(c.prefill_ms > 0.0, 0.0, np.maximum(0.0, now - c.slack_at) * 1e3)
+    gain = np.maximum(0.0, np.minimum(MARGIN * c.tpot_ms, _LONG_MS) / np.maximum(step, 1e-9) - 1.0)
+    found: Floats = np.maximum(0.0, slack + alone * gain - limit)
+    return found

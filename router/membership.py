@@ -9,6 +9,7 @@ epoch that has ended never comes back: what it still says is answered with ``Ref
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Member:
     factors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # as of ``StepCost.scaled``
     wanted: Role | None = None  # the role that it was given last, if ever
     told_at: float = 0.0
+    slack_ms: float = math.inf  # as of ``WorkerView``
+    slack_at: float = 0.0
     ref: WorkerRef = field(init=False)
     _cost: tuple[tuple[float, float, float], StepCost] | None = None  # by which factors
 

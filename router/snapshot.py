@@ -29,7 +29,8 @@ class WorkerView:
     of what ``prefill_tokens`` take, chunks alone; of it, ``head_ms`` are the prompts that have
     left the queue, and are computed as if since ``head_since`` (s, the router's clock).
     ``kv_growth`` are the tokens that the ``batch`` is expected to hold beyond ``kv_tokens``.
-    ``tpot_ms`` is the tightest objective of the batch.
+    ``tpot_ms`` is the tightest objective of the batch. As of ``slack_at`` (s), its next step may
+    take ``slack_ms`` until somebody is late; infinite where nobody runs who could be.
     """
 
     ref: WorkerRef
@@ -48,6 +49,8 @@ class WorkerView:
     batch: int = 0  # sequences that decode there, or will
     kv_growth: float = 0.0
     tpot_ms: float = math.inf
+    slack_ms: float = 0.0
+    slack_at: float = 0.0
 
     @property
     def prefill_load(self) -> tuple[int, int, str]:
@@ -143,6 +146,8 @@ class Columns:
             self.batch,
             self.kv,
             self.tpot_ms,
+            self.slack_ms,
+            self.slack_at,
             self.prefill_base,
             self.per_token,
             self.per_pair,
@@ -156,7 +161,7 @@ class Columns:
         self._data[:, index] = _row(view)
 
 
-_WIDTH = 18
+_WIDTH = 20
 
 
 def _row(view: WorkerView) -> tuple[float, ...]:
@@ -175,6 +180,8 @@ def _row(view: WorkerView) -> tuple[float, ...]:
         view.batch,
         view.kv_tokens + view.kv_growth,
         view.tpot_ms,
+        view.slack_ms,
+        view.slack_at,
         prefill.base_ms,
         prefill.per_token_ms,
         prefill.per_pair_ms,
@@ -222,3 +229,9 @@ class Snapshot:
         self._num_measured += (view.cost is not None) - (before.cost is not None)
         if self._columns is not None:
             self._columns.set(place, view)
+
+    def slack(self, worker: WorkerRef, slack_ms: float, at: float) -> None:
+        """Newer than its row, which is made with the same when it is made anew."""
+        place = self.index.get(worker)
+        if place is not None and self._columns is not None:
+            self._columns.slack_ms[place], self._columns.slack_at[place] = slack_ms, at

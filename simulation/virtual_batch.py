@@ -95,16 +95,16 @@ class VirtualBatch:
                 done.append(stream)
         return done
 
-    def earliest_due(self) -> float:
-        """When the first token of the next step must be there. Of one objective, whoever is due
-        first stays so: all streams move by the same."""
+    def earliest_due(self, steps: int = 1) -> float:
+        """When the first token of the next step must be there, or of the last of so many. Of one
+        objective, whoever is due first stays so: all streams move by the same."""
         found = math.inf
         for tpot_s, heap in self._dues.items():
             while heap:
                 due_base, _, stream = heap[0]
                 here = self._streams.get(stream.seq.attempt) is stream
                 if here and stream.due_base == due_base:
-                    found = min(found, due_base + tpot_s * (self._step + 1))
+                    found = min(found, due_base + tpot_s * (self._step + steps))
                     break
                 heapq.heappop(heap)
         return found

@@ -133,6 +133,10 @@ class VirtualRouter:
     def measured(self, worker: VirtualWorker) -> None:
         self._touch(worker)
 
+    def slack(self, worker: VirtualWorker) -> None:
+        if self._forecasts:
+            self._snapshot.slack(worker.ref, worker.slack_ms, worker.slack_at)
+
     def _touch(self, *workers: VirtualWorker) -> None:
         for worker in workers:
             self._changed[worker.ref] = None
@@ -161,6 +165,8 @@ class VirtualRouter:
             load.batch,
             load.kv_growth,
             load.tpot_ms,
+            worker.slack_ms,
+            worker.slack_at,
         )
 
     def _cached(self, arrival: Arrival) -> Mapping[WorkerRef, int]:

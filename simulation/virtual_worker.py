@@ -49,6 +49,7 @@ class Listener(Protocol):
     def grown(self, served: Served, count: int) -> None: ...
     def ended(self, served: Served, worker: VirtualWorker, now: float) -> None: ...
     def measured(self, worker: VirtualWorker) -> None: ...
+    def slack(self, worker: VirtualWorker) -> None: ...
 
 
 class Timeline(Protocol):
@@ -104,6 +105,8 @@ class VirtualWorker:
         self._count = 0
         self._waited = 0  # steps of the batch that prompts have waited for by now
         self._published = 0.0
+        self.slack_ms = math.inf  # as in ``WorkerView``
+        self.slack_at = 0.0
 
     # what the router says
 
@@ -243,6 +246,9 @@ class VirtualWorker:
             seconds, slope = seconds * factor, slope * factor
         self._run = StepRun(now, steps, seconds, slope, chunks, work, skipped)
         self._schedule_end(self._run)
+        self.slack_at = self._run.after(1)
+        self.slack_ms = (self._batch.earliest_due(2) - self.slack_at) * 1e3
+        self.router.slack(self)
 
     def _chunks(self, now: float) -> list[Chunk]:
         spec, cost = self.spec, self.cost

@@ -9,7 +9,7 @@ told in ``lifecycle``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Listing
 
 from ..cache.sequence import Sequence
@@ -45,6 +45,7 @@ from .lifecycle import Lifecycle
 from .steps import Steps
 from .times import StepTimes
 
+_TELL_SLACK_EVERY = 4  # steps of a batch alone
 FLIP_LIMIT_S = 10.0  # for what an old role has begun; then the new one goes beside it
 TICK_S = 0.25  # how often ``tick`` wants to be called, at the least
 
@@ -91,6 +92,7 @@ class WorkerCore:
             memory_s=memory_s,
         )
         self._waited = 0  # steps of the batch that prompts have waited for by now
+        self._slack_told = 0, 0  # for how large a batch, and how many steps ago
         self._drained = False
 
     # what the worker publishes
@@ -261,17 +263,29 @@ class WorkerCore:
         cost, first = self._times.cost, self._life.prefill.first
         if cost is None or first is None or most <= 0:
             return most
-        slack_s = self._life.paces.slack_s(running, now)
+        slack_s = self._slack_s(running, now)
         if slack_s == math.inf:
             return most
-        # the steps in flight end first
-        slack_s -= self._times.left_s(now)
         context = first.seq.num_scheduled_tokens
         batch = len(running)
         tokens = chunk_tokens(cost, most, batch, kv_tokens, slack_s, context, self._waited)
         if not batch:
             return tokens
         return min(most, without_padding(tokens, batch, self._limits.step_sizes))
+
+    def _slack_s(self, running: Collection[Sequence], now: float) -> float:
+        """What the next step may take: those in flight end first."""
+        return self._life.paces.slack_s(running, now) - self._times.left_s(now)
+
+    def _slack_to_tell(self, has_chunks: bool, now: float) -> float | None:
+        """In ms. A batch that runs on alone gets ahead as the router expects."""
+        running = self._life.decode.running
+        size, age = self._slack_told
+        if size == len(running) and age < _TELL_SLACK_EVERY and not has_chunks:
+            self._slack_told = size, age + 1
+            return None
+        self._slack_told = len(running), 1
+        return self._slack_s(running, now) * 1e3
 
     def _demote(self, now: float) -> None:
         cost = self._times.cost
@@ -291,7 +305,9 @@ class WorkerCore:
         tokens = iter(result.tokens)
         items: list[TokenItem] = []
         for_peers: list[Chunk] = []
+        has_chunks = False
         for seq, row, chunk in self._steps.read():
+            has_chunks = has_chunks or chunk is not None
             drawn = next(tokens) if row.sample else None
             seq.num_inflight -= 1
             if seq in life.retired:
@@ -316,7 +332,7 @@ class WorkerCore:
                 life.decode.join(seq)
                 items.append(life.drawn(seq, drawn, now))
         if items:
-            life.tell(TokenBatch(tuple(items)))
+            life.tell(TokenBatch(tuple(items), self._slack_to_tell(has_chunks, now)))
         for chunk in for_peers:
             life.chunk_computed(chunk, now)
         return self._settled(now)

@@ -133,6 +133,33 @@ def test_a_batch_that_pays_for_every_chunk_is_read_beside_more_slowly() -> None:
     assert found[-1] < now_and_then < 1e5
 
 
+def test_what_a_batch_is_ahead_by_goes_to_prompts() -> None:
+    """At once where it is much; and it gets more while the batch runs alone."""
+
+    def ttft(slack_ms: float, now: float = 0.0, work: float = 0.0) -> float:
+        worker = view("m", batch=100, tpot_ms=15.0, slack_ms=slack_ms, work=work)
+        return float(forecast(Snapshot([worker]), tight, now).ttft[0])
+
+    tight = replace(WISH, objectives=Objectives(500.0, 15.0))
+    limit = MARGIN * 15.0
+    assert ttft(0.0) == ttft(limit)  # a step as long as any: nothing is in hand
+    assert ttft(limit) > ttft(limit + 10.0) > ttft(limit + 30.0) > ttft(1e6) == ttft(math.inf)
+    batch = 100, 200_000
+    one_step = COST.ms(*batch, COST.prefill.work_ms(2000)) + COST.decode.ms(*batch) / 2
+    assert ttft(math.inf) == pytest.approx(one_step, rel=0.01)
+    assert ttft(limit) > ttft(limit, now=0.1) > ttft(limit, now=0.3)
+    assert ttft(limit, work=50.0) == ttft(limit, now=0.3, work=50.0)  # it does not run alone
+
+
+def test_slack_that_is_said_between_two_rows_counts() -> None:
+    snapshot = Snapshot([view("m1", batch=100, tpot_ms=15.0), view("m2")])
+    before = list(forecast(snapshot, WISH, 0.0).ttft)
+    snapshot.slack(WorkerRef("m1", 1), 60.0, 0.0)
+    snapshot.slack(WorkerRef("m9", 1), 60.0, 0.0)  # it is gone
+    after = list(forecast(snapshot, WISH, 0.0).ttft)
+    assert after[0] < before[0] and after[1] == before[1]
+
+
 def test_the_more_decodes_the_later_a_prompt_is_done() -> None:
     batches = [0, 50, 150, 250, 350]
     snapshot = Snapshot([view(f"m{batch}", batch=batch) for batch in batches])

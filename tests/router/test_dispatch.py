@@ -591,6 +591,21 @@ def test_what_will_miss_its_objectives_is_refused_at_once() -> None:
     assert any(isinstance(effect, Say) for effect in world.submit(ask(2, prompt=300)))
 
 
+def test_what_a_worker_says_of_its_slack_is_in_its_row() -> None:
+    world = World()
+    world.join("p", "d")
+    world.submit(ask())
+    world.now = 7.0
+    for name in ("p", "d"):
+        world.beat(name, [Key(request_id(0), 1)])
+    item = TokenItem(Key(request_id(0), 1), 0, 100)
+    world.says("d", TokenBatch((item,), 42.0))
+    item = TokenItem(Key(request_id(0), 1), 1, 101)
+    world.says("d", TokenBatch((item,)))  # one that says nothing of it
+    view = {one.ref.worker_id: one for one in world.dispatch._fleet.snapshot(7.0, ()).workers}["d"]
+    assert (view.slack_ms, view.slack_at) == (42.0, 7.0)
+
+
 def test_the_planner_gives_an_idle_worker_another_role() -> None:
     world = World()
     world.dispatch = Dispatch(Policy.DISAGGREGATED, POOLS, Membership("f"), 99, plan_roles=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pdserve.simulation.capacity import best_of, find, ratio_interval
 from pdserve.simulation.compare import row_of, searches_of, table
 from pdserve.simulation.contest import Cell
 from pdserve.simulation.costs import EIGHT_B_ON_H200, read_steps
-from pdserve.simulation.fleets import Kind
+from pdserve.simulation.fleets import Kind, eight_b_on_h200
 from pdserve.simulation.run import Fleet, Outcome, simulate
 from pdserve.simulation.search import Search, Setting, look, look_all
 from pdserve.simulation.shifting import Shift, line
@@ -153,6 +154,21 @@ def test_the_adaptive_policy_is_no_worse_than_the_static_ones() -> None:
     alone = look(larger, setting)
     assert hinted.runs < alone.runs
     assert hinted.rate == pytest.approx(alone.rate, rel=0.02)
+
+
+def test_prompts_that_are_read_beside_a_batch_come_when_it_was_said() -> None:
+    """On one worker that is near its objective: what its streams are ahead by goes to prompts."""
+    lengths = poisson(synthetic(2048, 256, 800, 1), 5.0, 800, 1)
+    near = fleet(M, admission=Admission.SLO, spec=replace(eight_b_on_h200(), jitter=0.1))
+    outcome = simulate(near, arrivals(lengths, 200.0, 10.0))
+    off = [
+        one.ttft_forecast_ms / one.ttft_ms - 1.0
+        for one in outcome.served
+        if not one.refused and one.ttft_forecast_ms is not None
+    ]
+    assert len(off) > 500
+    assert abs(statistics.median(off)) < 0.05
+    assert statistics.median(map(abs, off)) < 0.15
 
 
 def test_the_planner_turns_a_wrong_split_into_a_right_one() -> None:

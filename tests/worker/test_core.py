@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +137,23 @@ def test_decode_rows_come_first_in_a_step_with_chunks_beside_them() -> None:
     ]
     run_alone(worker, [])
     assert_empty(worker)
+
+
+def test_how_far_a_batch_is_ahead_is_told_with_its_tokens() -> None:
+    """As it changes, after chunks, now and then where it runs on alone, and at its end."""
+    worker = Worker("w", Shape())
+    give(worker, replace(whole(1, max_tokens=12), tpot_ms=20.0))
+    run_alone(worker, [])
+    told = [one.slack_ms for one in worker.told if isinstance(one, TokenBatch)]
+    assert [slack is not None for slack in told] == [True, *[False] * 3] * 2 + [
+        True,
+        *[False] * 2,
+        True,
+    ]
+    first, second, third, last = (slack for slack in told if slack is not None)
+    assert 19.0 < first < second < third  # all at one moment: each token is one that is ahead
+    assert second - first == pytest.approx(4 * 19.0)
+    assert last == math.inf
 
 
 def test_log_probabilities_pass_through() -> None:
