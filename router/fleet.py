@@ -80,6 +80,7 @@ class Fleet:
             load.tpot_ms,
             member.slack_ms,
             member.slack_at,
+            load.pace,
         )
 
 

@@ -85,9 +85,11 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     rare = np.where(least_ms > CHEAP * least, least / (steps * step + added + 1e-9), np.inf)
     rate = np.where(decodes & (room < least), np.minimum(rate, rare), rate)
     rate = np.maximum(rate, _LEAST_RATE)
-    done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * rate))
+    # that one is at whole chunks or at what they leave: as those before it
+    head_rate = np.maximum(rate, c.pace)
+    done = np.minimum(c.head_ms, np.maximum(0.0, (now - c.head_since) * 1e3 * head_rate))
     # what has left the queue is in the step that is on, else half a step of decode is still to go
-    begun = (c.head_ms - done) / rate
+    begun = (c.head_ms - done) / head_rate
     half = np.where(decodes & (c.head_ms == 0.0), step * 0.5, 0.0)
     ahead = c.prefill_ms - c.head_ms + work
     # whole chunks as long as the batch has time in hand, then at that rate

@@ -34,6 +34,7 @@ class Load:
     num_heads: int = 0
     batch: int = 0
     kv_growth: float = 0.0
+    pace: float = _PRIOR_PACE
     tpots: Counter[float] = field(default_factory=Counter)
 
     @property
@@ -180,6 +181,7 @@ class Loads:
             return
         load, pace = self._of(worker), self._pace(worker)
         pace.done(charge.work_ms, now)
+        load.pace = pace.rate
         others_ms = load.head_ms - charge.prefill_ms
         beside_ms = (now - load.head_since) * 1e3 * pace.rate - charge.work_ms
         load.head_since = now - max(0.0, min(beside_ms, others_ms)) / 1e3 / pace.rate
@@ -192,6 +194,8 @@ class Loads:
         load = self._of(charge.placement.prefill)
         load.prefill_tokens -= charge.prefill_tokens
         load.prefill_ms = max(0.0, load.prefill_ms - charge.prefill_ms)
+        if not load.prefill_tokens:
+            load.prefill_ms = 0.0  # and not what rounding has left
         if charge.head:
             load.num_heads -= 1
             load.head_ms = max(0.0, load.head_ms - charge.prefill_ms) if load.num_heads else 0.0
@@ -206,5 +210,6 @@ class Loads:
     def _of(self, worker: WorkerRef) -> Load:
         load = self._loads.get(worker)
         if load is None:
-            load = self._loads[worker] = Load()
+            pace = self._paces.get(worker)
+            load = self._loads[worker] = Load(pace=pace.rate if pace is not None else _PRIOR_PACE)
         return load

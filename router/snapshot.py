@@ -30,7 +30,8 @@ class WorkerView:
     left the queue, and are computed as if since ``head_since`` (s, the router's clock).
     ``kv_growth`` are the tokens that the ``batch`` is expected to hold beyond ``kv_tokens``.
     ``tpot_ms`` is the tightest objective of the batch. As of ``slack_at`` (s), its next step may
-    take ``slack_ms`` until somebody is late; infinite where nobody runs who could be.
+    take ``slack_ms`` until somebody is late; infinite where nobody runs who could be. ``pace`` is
+    how fast prompts that have left the queue were computed of late, in ms of chunks a ms.
     """
 
     ref: WorkerRef
@@ -51,6 +52,7 @@ class WorkerView:
     tpot_ms: float = math.inf
     slack_ms: float = 0.0
     slack_at: float = 0.0
+    pace: float = 0.0
 
     @property
     def prefill_load(self) -> tuple[int, int, str]:
@@ -148,6 +150,7 @@ class Columns:
             self.tpot_ms,
             self.slack_ms,
             self.slack_at,
+            self.pace,
             self.prefill_base,
             self.per_token,
             self.per_pair,
@@ -161,7 +164,7 @@ class Columns:
         self._data[:, index] = _row(view)
 
 
-_WIDTH = 20
+_WIDTH = 21
 
 
 def _row(view: WorkerView) -> tuple[float, ...]:
@@ -182,6 +185,7 @@ def _row(view: WorkerView) -> tuple[float, ...]:
         view.tpot_ms,
         view.slack_ms,
         view.slack_at,
+        view.pace,
         prefill.base_ms,
         prefill.per_token_ms,
         prefill.per_pair_ms,

@@ -167,6 +167,7 @@ class VirtualRouter:
             load.tpot_ms,
             worker.slack_ms,
             worker.slack_at,
+            load.pace,
         )
 
     def _cached(self, arrival: Arrival) -> Mapping[WorkerRef, int]:

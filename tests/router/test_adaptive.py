@@ -121,6 +121,19 @@ def test_what_the_running_prompt_has_done_is_off_its_forecast() -> None:
     assert ttft[0] - ttft[4] == pytest.approx(150.0, rel=0.06)  # and no more than its own
 
 
+def test_what_is_being_read_goes_on_as_fast_as_those_before_it() -> None:
+    """Beside a batch the worker may have spent on it what the batch was ahead by, or not."""
+    worker = view("m", work=200.0, batch=200, tpot_ms=12.0, head_ms=150.0, head_since=10.0)
+    tight = replace(WISH, objectives=Objectives(500.0, 12.0))
+    ttft = [
+        float(forecast(Snapshot([replace(worker, pace=pace)]), tight, 10.1).ttft[0])
+        for pace in (0.1, 0.5, 0.9)
+    ]
+    assert ttft[1] - ttft[2] == pytest.approx(150.0 / 0.5 - 150.0 / 0.9, rel=0.01)
+    assert ttft[0] > ttft[1]
+    assert ttft[0] < ttft[1] + 150.0 / 0.1  # never slower than the batch leaves room for
+
+
 def test_a_batch_that_pays_for_every_chunk_is_read_beside_more_slowly() -> None:
     """And one that is almost at its objective gives prompts a chunk now and then."""
     found = []

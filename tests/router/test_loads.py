@@ -33,3 +33,26 @@ def test_nothing_is_kept_of_a_life_that_is_over() -> None:
     loads.gone(A)
     assert loads._paces == empty._paces
     assert loads._loads == empty._loads
+
+
+def test_a_worker_that_has_no_prompt_has_no_work() -> None:
+    """Sums of such figures do not come back to nothing by themselves."""
+    loads = Loads()
+    works = {"x": 0.1, "y": 0.2, "z": 0.3}
+    for name, work_ms in works.items():
+        loads.placed(name, Placement(A, B, Forecast(10.0, 10.0, work_ms)), 100)
+    loads.placed("w", Placement(B, A), 1)  # keeps its books
+    for name in works:
+        loads.left(name)
+    assert loads[A].prefill_ms == 0.0
+
+
+def test_how_fast_prompts_went_is_known_after_a_pause() -> None:
+    loads = Loads()
+    for start in range(40):
+        loads.placed("x", PLACEMENT, 100)
+        loads.started("x", float(start))
+        loads.token("x", start + 0.016)  # 8 ms of work in 16
+        loads.left("x")
+    loads.placed("x", PLACEMENT, 100)
+    assert 0.5 < loads[A].pace < 0.56

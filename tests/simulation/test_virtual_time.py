@@ -153,7 +153,7 @@ def test_the_adaptive_policy_is_no_worse_than_the_static_ones() -> None:
     hinted = look_all([*found, larger], setting, 1)[larger]
     alone = look(larger, setting)
     assert hinted.runs < alone.runs
-    assert hinted.rate == pytest.approx(alone.rate, rel=0.02)
+    assert hinted.rate == pytest.approx(alone.rate, rel=0.05)
 
 
 def test_prompts_that_are_read_beside_a_batch_come_when_it_was_said() -> None:
