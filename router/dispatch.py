@@ -417,6 +417,7 @@ class Dispatch:
             wish.growth,
             wish.objectives.tpot_ms,
             now + (wish.objectives.ttft_ms - wish.waited_ms) / 1e3,
+            now - wish.waited_ms / 1e3,
         )
         self.staffing.placed(placement)
         self._fleet.changed(*placement.workers)

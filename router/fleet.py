@@ -81,6 +81,8 @@ class Fleet:
             member.slack_ms,
             member.slack_at,
             load.pace,
+            load.late,
+            load.late_at,
         )
 
 

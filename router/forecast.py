@@ -24,6 +24,7 @@ from .snapshot import Columns, Floats, Forecast, Snapshot, Wish
 
 MARGIN = 0.95  # of an objective: what is aimed at, for forecasts err
 _LEAST_RATE = 0.01
+_LATE_S = 30.0  # how late others were is forgotten in about that time
 _LONG_MS = 1e9  # instead of infinity
 _FULL = 0.95  # of a KV pool: more would only preempt
 
@@ -100,7 +101,9 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     quick = np.minimum(ahead, quick)
     takes = quick * whole_ms / np.maximum(most, 1e-9) + (ahead - quick) / rate
     own = np.maximum(takes, apart + np.maximum(rows + ahead, read))
-    ttft = wish.waited_ms + half + begun + own
+    # by what no cost says: the way to the worker and back, steps in flight, who comes later
+    late = 1.0 + (c.late - 1.0) * np.exp((c.late_at - now) / _LATE_S)
+    ttft = wish.waited_ms + late * (half + begun + own)
     batch = c.batch + 1.0
     kv = c.kv + (n + wish.growth)
     tpot = c.decode_base + c.per_sequence * batch + c.per_kv * kv

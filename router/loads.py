@@ -19,6 +19,8 @@ from .snapshot import Placement
 _KEEP = 0.95  # of the pace of prompts, from one to the next
 _PRIOR_MS = 100.0
 _PRIOR_PACE = 0.8
+_LATER = 0.01  # by how much one prompt moves what is thought of the next
+_LATEST = 1.5  # and it is never thought to be further off
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Load:
     batch: int = 0
     kv_growth: float = 0.0
     pace: float = _PRIOR_PACE
+    late: float = 1.0
+    late_at: float = 0.0
     tpots: Counter[float] = field(default_factory=Counter)
 
     @property
@@ -54,16 +58,20 @@ class _Charge:
     growth: float
     tpot_ms: float
     work_ms: float  # what the prompt takes, whether or not anybody waits for it
+    due: float  # when (s) its first token should come
     head: bool = False
 
 
 @dataclass(slots=True)
 class _Pace:
-    """Of a worker's prompts: ms of chunks in a ms, of late."""
+    """Of a worker's prompts: ms of chunks in a ms, of late; and how many times as long as forecast
+    the median of them takes."""
 
     since: float = 0.0  # when the last one was done, or the first one of a row began
     work_ms: float = _PRIOR_MS * _PRIOR_PACE
     time_ms: float = _PRIOR_MS
+    late: float = 1.0
+    late_at: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -73,6 +81,12 @@ class _Pace:
         self.work_ms = self.work_ms * _KEEP + work_ms
         self.time_ms = self.time_ms * _KEEP + (now - self.since) * 1e3
         self.since = now
+
+    def came(self, due: float, now: float) -> None:
+        """Where as many come later than this as come sooner, it is the median."""
+        step = 1.0 + _LATER if now > due else 1.0 / (1.0 + _LATER)
+        self.late = min(_LATEST, max(1.0 / _LATEST, self.late * step))
+        self.late_at = now
 
 
 class Loads:
@@ -94,13 +108,15 @@ class Loads:
         growth: float = 0.0,
         tpot_ms: float = math.inf,
         deadline: float = math.inf,
+        arrived: float = 0.0,
     ) -> None:
         """``growth``: the tokens that its answer is expected to hold while it runs;
-        ``deadline``: when (s) its first token is due."""
+        ``deadline``: when (s) its first token is due; ``arrived``: since when (s) it waits."""
         assert request_id not in self._charges
         forecast = placement.forecast
         work_ms = forecast.work_ms if forecast is not None else 0.0
-        charge = _Charge(placement, num_tokens, num_tokens, work_ms, growth, tpot_ms, work_ms)
+        due = arrived + forecast.ttft_ms / 1e3 if forecast is not None else math.inf
+        charge = _Charge(placement, num_tokens, num_tokens, work_ms, growth, tpot_ms, work_ms, due)
         self._charges[request_id] = charge
         if deadline < math.inf and work_ms > 0:
             self._count += 1
@@ -146,6 +162,7 @@ class Loads:
         charge = self._charges[request_id]
         decode = self._of(charge.placement.decode)
         if charge.prefill_tokens:
+            self._came(charge, now)
             self._computed(charge, now)
             self._prefilled(charge)
         grown = min(charge.growth, count)
@@ -173,6 +190,14 @@ class Loads:
             if not load.num_requests:
                 assert load.prefill_tokens == load.kv_tokens == load.batch == 0
                 del self._loads[worker]
+
+    def _came(self, charge: _Charge, now: float) -> None:
+        """How late first tokens are here, that the next ones are forecast so."""
+        worker = charge.placement.prefill
+        if charge.due < math.inf:
+            load, pace = self._of(worker), self._pace(worker)
+            pace.came(charge.due, now)
+            load.late, load.late_at = pace.late, pace.late_at
 
     def _computed(self, charge: _Charge, now: float) -> None:
         """What was done beside it is the others' who have left the queue."""
@@ -211,5 +236,7 @@ class Loads:
         load = self._loads.get(worker)
         if load is None:
             pace = self._paces.get(worker)
-            load = self._loads[worker] = Load(pace=pace.rate if pace is not None else _PRIOR_PACE)
+            load = self._loads[worker] = Load()
+            if pace is not None:
+                load.pace, load.late, load.late_at = pace.rate, pace.late, pace.late_at
         return load

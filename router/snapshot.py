@@ -31,7 +31,8 @@ class WorkerView:
     ``kv_growth`` are the tokens that the ``batch`` is expected to hold beyond ``kv_tokens``.
     ``tpot_ms`` is the tightest objective of the batch. As of ``slack_at`` (s), its next step may
     take ``slack_ms`` until somebody is late; infinite where nobody runs who could be. ``pace`` is
-    how fast prompts that have left the queue were computed of late, in ms of chunks a ms.
+    how fast prompts that have left the queue were computed of late, in ms of chunks a ms; ``late``
+    how many times as long as forecast first tokens took, up to ``late_at`` (s).
     """
 
     ref: WorkerRef
@@ -53,6 +54,8 @@ class WorkerView:
     slack_ms: float = 0.0
     slack_at: float = 0.0
     pace: float = 0.0
+    late: float = 1.0
+    late_at: float = 0.0
 
     @property
     def prefill_load(self) -> tuple[int, int, str]:
@@ -151,6 +154,8 @@ class Columns:
             self.slack_ms,
             self.slack_at,
             self.pace,
+            self.late,
+            self.late_at,
             self.prefill_base,
             self.per_token,
             self.per_pair,
@@ -164,7 +169,7 @@ class Columns:
         self._data[:, index] = _row(view)
 
 
-_WIDTH = 21
+_WIDTH = 23
 
 
 def _row(view: WorkerView) -> tuple[float, ...]:
@@ -186,6 +191,8 @@ def _row(view: WorkerView) -> tuple[float, ...]:
         view.slack_ms,
         view.slack_at,
         view.pace,
+        view.late,
+        view.late_at,
         prefill.base_ms,
         prefill.per_token_ms,
         prefill.per_pair_ms,

@@ -78,7 +78,7 @@ class VirtualRouter:
         if placement.forecast is not None:
             self._placed_ms += placement.forecast.work_ms
         due = now + arrival.ttft_ms / 1e3
-        self._loads.placed(request_id, placement, arrival.prompt, growth, arrival.tpot_ms, due)
+        self._loads.placed(request_id, placement, arrival.prompt, growth, arrival.tpot_ms, due, now)
         prefill, decode = self._workers[placement.prefill], self._workers[placement.decode]
         self._touch(prefill, decode)
         self._places[request_id] = (prefill, decode)
@@ -168,6 +168,8 @@ class VirtualRouter:
             worker.slack_ms,
             worker.slack_at,
             load.pace,
+            load.late,
+            load.late_at,
         )
 
     def _cached(self, arrival: Arrival) -> Mapping[WorkerRef, int]:

@@ -134,6 +134,17 @@ def test_what_is_being_read_goes_on_as_fast_as_those_before_it() -> None:
     assert ttft[0] < ttft[1] + 150.0 / 0.1  # never slower than the batch leaves room for
 
 
+def test_a_worker_that_is_late_is_forecast_so_until_that_is_long_ago() -> None:
+    usual = float(forecast(Snapshot([view("m")]), WISH, 10.0).ttft[0])
+    snapshot = Snapshot([view("m", late=1.2, late_at=10.0)])
+    ttft = [float(forecast(snapshot, WISH, now).ttft[0]) for now in (10.0, 20.0, 40.0, 500.0)]
+    assert ttft[0] == pytest.approx(1.2 * usual)
+    assert ttft == sorted(ttft, reverse=True)
+    assert ttft[-1] == pytest.approx(usual)
+    waited = forecast(snapshot, replace(WISH, waited_ms=100.0), 10.0)  # that is over
+    assert float(waited.ttft[0]) == pytest.approx(ttft[0] + 100.0)
+
+
 def test_a_batch_that_pays_for_every_chunk_is_read_beside_more_slowly() -> None:
     """And one that is almost at its objective gives prompts a chunk now and then."""
     found = []
