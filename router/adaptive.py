@@ -2,20 +2,24 @@
 
 Prefill and decode are chosen apart. To decode: the first worker, in a fixed order, whose
 batch still meets its objective with this request in it; so batches fill one worker after
-the other, and those behind are free to read prompts fast. To prefill: where the first token
-comes soonest, be it the same worker. Where nobody has room for another stream, the one worker
-that misses the objectives by the least does it all: a prompt that is computed elsewhere would
-only wait there.
+the other, and those behind are free to read prompts fast. A worker that has no batch yet is
+left alone where the fleet needs all that it reads (``reading``): a place in a batch that is full
+is waited for, as far as the objective allows. To prefill: where the first token comes soonest, be
+it the same worker. Where nobody has room for another stream, what misses the objectives by the
+least: the fullest may be given it all the same, or one worker does the whole.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from ..core.config import Policy
 from .forecast import MARGIN, Forecasts, forecast
+from .reading import Flags, affordable
 from .snapshot import Floats, Placement, Snapshot, Wish
+
+_WAIT = 2.0  # a wait for a place counts for so much: nobody knows when somebody ends
+_BEHIND = 1.5  # in the order of decode: one waits rather than join a worker meant to prefill
 
 
 def place(snapshot: Snapshot, wish: Wish, now: float) -> Placement | None:
@@ -26,41 +30,53 @@ def place(snapshot: Snapshot, wish: Wish, now: float) -> Placement | None:
     can_prefill = c.max_context > wish.num_tokens
     if wish.alone or wish.route is Policy.COLOCATED:
         return _whole(snapshot, wish, found, can_decode)
+    cheap = can_decode & affordable(snapshot, wish)
+    can_decode = cheap if cheap.any() else can_decode
     decode = _decode(snapshot, wish, found, can_decode)
-    if wish.route is Policy.DISAGGREGATED:
-        decode = _least_full(snapshot, wish, found, can_decode) if decode is None else decode
-        if decode is not None:
-            can_prefill = can_prefill & (np.arange(len(can_prefill)) != decode)
+    fits = decode is not None
     if decode is None:
-        return _whole(snapshot, wish, found, can_decode)
+        decode = _least_full(wish, found, can_decode)
+    if decode is None:
+        return None
+    if wish.route is Policy.DISAGGREGATED:
+        can_prefill = can_prefill & (np.arange(len(can_prefill)) != decode)
     prefill = _prefill(snapshot, found, can_prefill, decode)
     if prefill is None:
         return None
     workers = snapshot.workers
-    return Placement(
+    placement = Placement(
         workers[prefill].ref, workers[decode].ref, found.of(prefill, decode, wish.answer_tokens)
     )
+    if fits or wish.route is Policy.DISAGGREGATED:
+        return placement
+    whole = _whole(snapshot, wish, found, can_decode)
+    return min(placement, whole or placement, key=lambda one: _violation(one, wish))
 
 
-Flags = npt.NDArray[np.bool_]
+def _violation(placement: Placement, wish: Wish) -> float:
+    """How many times as long as it should the worse of the two takes."""
+    found = placement.forecast
+    assert found is not None
+    ttft = found.ttft_ms / (MARGIN * wish.objectives.ttft_ms)
+    return max(ttft, found.tpot_ms / found.tpot_limit_ms)
 
 
 def _decode(snapshot: Snapshot, wish: Wish, found: Forecasts, able: Flags) -> int | None:
     """None where nobody has room for one more stream at this objective."""
-    excess = _excess(wish, found)
-    fits = able & (excess <= 1.0) & (found.place == 0.0)
+    excess = _excess(wish, found) + _WAIT * _waiting(wish, found)
+    fits = able & (excess <= 1.0)
     if not fits.any():
         return None
     if np.isfinite(wish.objectives.tpot_ms):
-        return int(np.where(fits, snapshot.columns.decode_order, np.inf).argmin())
+        order = snapshot.columns.decode_order + np.where(found.place > 0.0, _BEHIND, 0.0)
+        return int(np.where(fits, order, np.inf).argmin())
     return int(np.where(fits, excess, np.inf).argmin())
 
 
-def _least_full(snapshot: Snapshot, wish: Wish, found: Forecasts, able: Flags) -> int | None:
+def _least_full(wish: Wish, found: Forecasts, able: Flags) -> int | None:
     if not able.any():
         return None
-    waiting = found.place / wish.answer_tokens / found.tpot
-    return int(np.where(able, _excess(wish, found) + waiting, np.inf).argmin())
+    return int(np.where(able, _excess(wish, found) + _waiting(wish, found), np.inf).argmin())
 
 
 def _excess(wish: Wish, found: Forecasts) -> Floats:
@@ -70,8 +86,16 @@ def _excess(wish: Wish, found: Forecasts) -> Floats:
     return excess
 
 
+def _waiting(wish: Wish, found: Forecasts) -> Floats:
+    """What the wait for a place adds to that."""
+    limit = found.tpot_limit if np.isfinite(wish.objectives.tpot_ms) else found.tpot.max()
+    waiting: Floats = found.place / wish.answer_tokens / limit
+    return waiting
+
+
 def _prefill(snapshot: Snapshot, found: Forecasts, able: Flags, decode: int) -> int | None:
-    ttft = np.where(able, found.ttft, np.inf)
+    # where others wait for a place in the batch, no prompt is begun
+    ttft = np.where(able, found.ttft + found.place, np.inf)
     best = int(ttft.argmin())
     if not able[best]:
         return None

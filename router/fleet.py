@@ -37,6 +37,7 @@ class Fleet:
         if self._changed:
             self._refresh()
         self._snapshot.bad_links = frozenset(bad_links)
+        self._snapshot.asked = self._loads.asked.workers
         return self._snapshot
 
     def members_changed(self) -> None:

@@ -14,12 +14,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..core.ids import WorkerRef
+from .reading import Asked
 from .snapshot import Placement
 
 _KEEP = 0.95  # of the pace of prompts, from one to the next
 _PRIOR_MS = 100.0
 _PRIOR_PACE = 0.8
-_LATER = 0.01  # by how much one prompt moves what is thought of the next
+_LATER = 0.002  # by how much one prompt moves what is thought of the next: more would swing
 _LATEST = 1.5  # and it is never thought to be further off
 
 
@@ -59,6 +60,7 @@ class _Charge:
     tpot_ms: float
     work_ms: float  # what the prompt takes, whether or not anybody waits for it
     due: float  # when (s) its first token should come
+    expected: float  # ``growth`` as it was at first
     head: bool = False
 
 
@@ -96,6 +98,7 @@ class Loads:
         self._charges: dict[str, _Charge] = {}
         self._due: list[tuple[float, int, _Charge]] = []  # a heap; the number settles a tie
         self._count = 0
+        self.asked = Asked()
 
     def __getitem__(self, worker: WorkerRef) -> Load:
         return self._loads.get(worker) or Load()
@@ -110,13 +113,16 @@ class Loads:
         deadline: float = math.inf,
         arrived: float = 0.0,
     ) -> None:
-        """``growth``: the tokens that its answer is expected to hold while it runs;
+        """``growth``: the tokens that its answer is expected to hold on average while it runs: it
+        counts for so many from the first to twice that many, as those after it will;
         ``deadline``: when (s) its first token is due; ``arrived``: since when (s) it waits."""
         assert request_id not in self._charges
         forecast = placement.forecast
         work_ms = forecast.work_ms if forecast is not None else 0.0
         due = arrived + forecast.ttft_ms / 1e3 if forecast is not None else math.inf
-        charge = _Charge(placement, num_tokens, num_tokens, work_ms, growth, tpot_ms, work_ms, due)
+        charge = _Charge(
+            placement, num_tokens, num_tokens, work_ms, growth, tpot_ms, work_ms, due, growth
+        )
         self._charges[request_id] = charge
         if deadline < math.inf and work_ms > 0:
             self._count += 1
@@ -165,7 +171,7 @@ class Loads:
             self._came(charge, now)
             self._computed(charge, now)
             self._prefilled(charge)
-        grown = min(charge.growth, count)
+        grown = min(charge.growth + charge.expected, count)
         decode.kv_tokens += count
         decode.kv_growth -= grown
         charge.kv_tokens += count

@@ -204,13 +204,15 @@ def _row(view: WorkerView) -> tuple[float, ...]:
 
 
 class Snapshot:
-    """``bad_links`` are pairs (prefill, decode) whose last transfer failed."""
+    """``bad_links`` are pairs (prefill, decode) whose last transfer failed; ``asked`` is how much
+    reading prompts ask for, in workers (see ``reading``)."""
 
     def __init__(
         self, workers: Iterable[WorkerView], bad_links: frozenset[Link] = frozenset()
     ) -> None:
         self.workers = list(workers)
         self.bad_links = bad_links
+        self.asked = 0.0
         self._index: dict[WorkerRef, int] | None = None
         self._columns: Columns | None = None
         self._num_measured = sum(view.cost is not None for view in self.workers)

@@ -67,10 +67,12 @@ class VirtualRouter:
             growth=growth,
             cached_tokens=self._cached(arrival) if self._prefix_aware else {},
         )
+        self._snapshot.asked = self._loads.asked.workers
         placement = decide(self._policy, self._snapshot, wish, now)
         assert placement is not None
         if placement.forecast is not None:
             served.ttft_forecast_ms = placement.forecast.ttft_ms
+            self._loads.asked.came(placement.forecast.work_ms, now)
         if admit(self._admission, placement.forecast, wish.objectives) is not None:
             served.refused = True
             self._miss(served)

@@ -14,6 +14,7 @@ from pdserve.core.cost import DecodeCost, PrefillCost, StepCost
 from pdserve.core.ids import Role, WorkerRef
 from pdserve.router.forecast import MARGIN, forecast
 from pdserve.router.policy import decide
+from pdserve.router.reading import Asked
 from pdserve.router.snapshot import Objectives, Placement, Snapshot, Wish, WorkerView
 
 COST = StepCost(PrefillCost(2.0, 0.022, 8e-7), DecodeCost(4.5, 0.005, 3.3e-5))  # an 8B, a GPU
@@ -218,3 +219,31 @@ def test_a_decision_over_256_workers_is_cheap() -> None:
         snapshot.update(workers[i % 256])
         taken.append(time.perf_counter() - began)
     assert statistics.median(taken) < 300e-6
+
+
+def test_a_worker_that_only_reads_gets_no_stream_while_the_fleet_needs_all_of_it() -> None:
+    """A stream takes a third of what its worker reads, at 10 ms a token."""
+    wish = replace(WISH, objectives=Objectives(200.0, 10.0))
+    full = view("d", batch=90, tpot_ms=10.0)
+    for asked, expected in ((0.3, "p"), (0.85, "p d")):
+        snapshot = Snapshot([view("p"), full])
+        snapshot.asked = asked
+        assert names(decide(Policy.ADAPTIVE, snapshot, wish)) == expected
+
+
+def test_a_place_is_waited_for_as_far_as_the_objective_allows() -> None:
+    """And what waits for a place is not computed where others do: no prompt begins there."""
+    full = view("d", batch=300, kv_tokens=100_000)
+    snapshot = Snapshot([view("p", work=100.0), full])
+    assert names(decide(Policy.ADAPTIVE, snapshot, WISH)) == "p d"
+    far_over = view("d", batch=600, kv_tokens=100_000)
+    assert names(decide(Policy.ADAPTIVE, Snapshot([view("p"), far_over]), WISH)) == "p"
+
+
+def test_what_prompts_ask_for_is_what_came_of_late() -> None:
+    asked = Asked()
+    for index in range(2000):
+        asked.came(5.0, index / 100)
+    assert asked.workers == pytest.approx(0.5, rel=0.02)
+    asked.came(0.0, 40.0)
+    assert asked.workers < 0.02

@@ -65,8 +65,10 @@ def test_the_loads_of_a_request_come_and_go() -> None:
     loads.token("a", 7.05)
     assert (loads[P].prefill_ms, loads[P].head_ms) == (20.0, 0.0)
     assert (decode.kv_tokens, decode.kv_growth) == (161, 99)
-    loads.token("a", 7.1, 80)  # longer than expected: it counts for what it is
-    assert (decode.kv_tokens, decode.kv_growth) == (241, 50)
+    loads.token("a", 7.1, 80)  # with what it has less than the mean at first it has more later
+    assert (decode.kv_tokens, decode.kv_growth) == (241, 19)
+    loads.token("a", 7.2, 80)  # longer than expected: it counts for what it is
+    assert (decode.kv_tokens, decode.kv_growth) == (321, 0)
     loads.left("b")
     assert (decode.batch, decode.tpot_ms, loads[P].prefill_tokens) == (1, 30.0, 0)
     loads.left("a")

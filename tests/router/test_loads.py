@@ -61,7 +61,7 @@ def test_how_fast_prompts_went_is_known_after_a_pause() -> None:
 def test_first_tokens_that_come_late_say_so_of_the_next() -> None:
     """It settles where half of them come later; here each takes 1.25 times as long as its cost."""
     loads, late = Loads(), 1.0
-    for number in range(100):
+    for number in range(500):
         forecast = Forecast(100.0 * late, 10.0, 80.0)
         loads.placed("x", Placement(A, B, forecast), 100, arrived=float(number))
         loads.token("x", number + 0.125)
@@ -69,7 +69,7 @@ def test_first_tokens_that_come_late_say_so_of_the_next() -> None:
         loads.left("x")
         assert late_at == number + 0.125
     assert 1.23 < late < 1.27
-    for number in range(100):
+    for number in range(500):
         loads.placed("x", Placement(A, B, Forecast(1.0, 10.0, 80.0)), 100, arrived=float(number))
         loads.token("x", number + 0.9)
         late = loads[A].late
