@@ -26,7 +26,7 @@ MARGIN = 0.95  # of an objective: what is aimed at, for forecasts err
 _LEAST_RATE = 0.01
 _LATE_S = 30.0  # how late others were is forgotten in about that time
 _LONG_MS = 1e9  # instead of infinity
-_FULL = 0.95  # of a KV pool: more would only preempt
+FULL = 0.95  # of a KV pool: more would only preempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def forecast(snapshot: Snapshot, wish: Wish, now: float) -> Forecasts:
     batch = c.batch + 1.0
     kv = c.kv + (n + wish.growth)
     tpot = c.decode_base + c.per_sequence * batch + c.per_kv * kv
-    over = np.maximum(batch / c.max_batch, kv / (_FULL * c.capacity)) - 1.0
+    over = np.maximum(batch / c.max_batch, kv / (FULL * c.capacity)) - 1.0
     place_ms = np.maximum(0.0, over) * tpot * wish.answer_tokens
     return Forecasts(work, ttft, tpot, place_ms, limit)
 

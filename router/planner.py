@@ -23,8 +23,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
+
 from ..core.ids import Role
-from .forecast import MARGIN
+from .forecast import FULL, MARGIN
 from .roles import Holder, Move
 from .snapshot import Snapshot
 
@@ -59,12 +61,15 @@ class Demand:
 
 
 def decode_demand(snapshot: Snapshot) -> float:
-    """How much of what the objectives allow all batches fill, in workers."""
+    """How much of what the objectives, places and memory allow all batches fill, in workers."""
     if not snapshot.measured:
         return 0.0
     c = snapshot.columns
     step = c.decode_base + c.per_sequence * c.batch + c.per_kv * c.kv
     full = step / (MARGIN * c.tpot_ms)  # 0 where nothing decodes: nothing is asked of a step
+    # no place or no memory left: full as well, however far off the objective is
+    taken = (c.batch >= c.max_batch) | (c.kv >= FULL * c.capacity)
+    full = np.where(taken, np.maximum(full, 1.0), full)
     return float(((c.batch > 0) * full).sum())
 
 

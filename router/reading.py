@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .forecast import MARGIN
+from .forecast import FULL, MARGIN
 from .snapshot import Columns, Floats, Snapshot, Wish
 
 Flags = npt.NDArray[np.bool_]
@@ -58,8 +58,12 @@ def affordable(snapshot: Snapshot, wish: Wish) -> Flags:
 
 
 def _rate(c: Columns, batch: Floats, kv: Floats, limit: Floats) -> Floats:
-    """Ms of chunks a ms, in the long run."""
+    """Ms of chunks a ms, in the long run. Where steps take twice as long there are twice as many
+    streams in the end: places and memory bound them as the objective does."""
     most = c.per_token * c.chunk_tokens
+    step = c.decode_base + c.per_sequence * batch + c.per_kv * kv
+    taken = np.maximum(batch / c.max_batch, kv / (FULL * c.capacity))
+    limit = np.minimum(limit, step / np.maximum(taken, 1e-9))
     rows = c.prefill_base + c.per_token * batch
     apart = c.per_kv * kv + c.beside
     room = np.clip(limit - apart - rows, 0.0, most)

@@ -14,7 +14,7 @@ from pdserve.core.cost import DecodeCost, PrefillCost, StepCost
 from pdserve.core.ids import Role, WorkerRef
 from pdserve.router.forecast import MARGIN, forecast
 from pdserve.router.policy import decide
-from pdserve.router.reading import Asked
+from pdserve.router.reading import Asked, affordable
 from pdserve.router.snapshot import Objectives, Placement, Snapshot, Wish, WorkerView
 
 COST = StepCost(PrefillCost(2.0, 0.022, 8e-7), DecodeCost(4.5, 0.005, 3.3e-5))  # an 8B, a GPU
@@ -247,3 +247,12 @@ def test_what_prompts_ask_for_is_what_came_of_late() -> None:
     assert asked.workers == pytest.approx(0.5, rel=0.02)
     asked.came(0.0, 40.0)
     assert asked.workers < 0.02
+
+
+def test_a_batch_without_a_place_left_has_no_time_to_read() -> None:
+    """However long its steps may take: in longer ones it writes less, and more wait for a place."""
+    wish = replace(WISH, objectives=Objectives(500.0, 30.0))
+    for batch, expected in ((150, True), (256, False)):
+        snapshot = Snapshot([view("p"), view("d", batch=batch, kv_tokens=99_000)])
+        snapshot.asked = 0.95
+        assert affordable(snapshot, wish)[0] == expected

@@ -110,8 +110,13 @@ def test_who_was_started_in_a_role_goes_back_to_it_first() -> None:
 
 def test_decode_asks_for_what_its_steps_fill_of_the_objective() -> None:
     cost = StepCost(PrefillCost(2.0, 0.02, 0.0), DecodeCost(5.0, 0.01, 1e-5))
-    idle = WorkerView(WorkerRef("d0", 1), D, 9999, 99999, cost=cost)
+    idle = WorkerView(WorkerRef("d0", 1), D, 9999, 999_999, cost=cost)
     busy = replace(idle, ref=WorkerRef("d1", 1), batch=100, kv_tokens=100_000, tpot_ms=20.0)
     assert decode_demand(Snapshot([idle])) == 0.0
     assert decode_demand(Snapshot([idle, busy])) == pytest.approx(7.0 / 19.0)
     assert decode_demand(Snapshot([replace(busy, cost=None)])) == 0.0
+    # no place left, or no memory: as full as it gets, however far off the objective is
+    relaxed = replace(busy, tpot_ms=200.0)
+    assert decode_demand(Snapshot([relaxed])) < 0.5
+    for full in ({"max_batch": 100}, {"max_batch": 60}, {"capacity": 100_000}):
+        assert decode_demand(Snapshot([replace(relaxed, **full)])) == 1.0  # type: ignore[arg-type]
